@@ -1,0 +1,59 @@
+// lanes_shared — snippet: the lanes of a workgroup share values through workgroup memory.
+// Appended to kernels that call lanes_*; works on every device. Twin of lanes_subgroup.wgsl.
+//
+//   needs   override LANES, a power of two; override LANE_SLOTS where values are kept
+//   grid    none of its own
+
+var<workgroup> lanes_board: array<f32, LANES>;
+
+/// Sum of `value` over the lanes by a tree of fixed order: the same bits in every lane and every run.
+fn lanes_sum(value: f32, lane: u32) -> f32 {
+  workgroupBarrier();
+  lanes_board[lane] = value;
+  workgroupBarrier();
+  for (var half = LANES >> 1u; half > 0u; half >>= 1u) {
+    if (lane < half) {
+      lanes_board[lane] += lanes_board[lane + half];
+    }
+    workgroupBarrier();
+  }
+  return lanes_board[0];
+}
+
+/// Maximum of `value` over the lanes.
+fn lanes_max(value: f32, lane: u32) -> f32 {
+  workgroupBarrier();
+  lanes_board[lane] = value;
+  workgroupBarrier();
+  for (var half = LANES >> 1u; half > 0u; half >>= 1u) {
+    if (lane < half) {
+      lanes_board[lane] = max(lanes_board[lane], lanes_board[lane + half]);
+    }
+    workgroupBarrier();
+  }
+  return lanes_board[0];
+}
+
+override LANE_SLOTS: u32 = 1u;
+// One array, not nested ones: only the outermost size may be an override.
+var<workgroup> lanes_kept: array<vec4f, LANE_SLOTS * LANES>;
+
+/// Begins a round of lanes_keep: no lane may still be fetching the round before.
+fn lanes_begin() {
+  workgroupBarrier();
+}
+
+/// Keeps a value of this lane under `slot` for lanes_fetch of the others.
+fn lanes_keep(slot: u32, value: vec4f, lane: u32) {
+  lanes_kept[slot * LANES + lane] = value;
+}
+
+/// Ends a round of lanes_keep: now every lane may fetch.
+fn lanes_end() {
+  workgroupBarrier();
+}
+
+/// The value that lane `owner` keeps under `slot`.
+fn lanes_fetch(slot: u32, owner: u32) -> vec4f {
+  return lanes_kept[slot * LANES + owner];
+}

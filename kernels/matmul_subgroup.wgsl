@@ -1,0 +1,319 @@
+// matmul_subgroup — matrix products for CPU drivers: no workgroup memory, operands broadcast by subgroup shuffles.
+//
+//   nt   out[i,j] = scale · (Σ_k x[i,k] · w[j,k] + Σ_r lora_x[i,r] · lora_w[j,r])  (+ add | + out)
+//   nn   out[i,j] = scale · (Σ_k x[i,k] · w[k,j] + Σ_r lora_x[i,r] · lora_w[r,j])  (+ add | + out)
+//   tn   out[i,j] = scale · Σ_t x[t,i] · w[t,j]  (+ out)
+//
+//   x, lora_x, add, out   f32, `offset` and `stride` in elements, both multiples of 4
+//   w                     f32, f16 or bf16 (W_TYPE), row-major with w_stride; bound twice, as 16- and as 8-byte words
+//   lora_w                f32; nt: of each segment [columns, r], nn: [r, columns]
+//   rows.x                rows of x and out (nt, nn), or of x and w (tn)
+//   sizes                 k, r multiples of 8; n, and in tn the m columns of x, multiples of 4
+//   segments (nt)         columns [0, end0), [end0, end1), [end1, n) with LoRA operands of their own
+//   grid                  nt, nn: [column tiles, row tiles]; tn: [column tiles of w, column tiles of x]; a tile is 32 rows
+//                         by 4 · LANES columns, one subgroup
+//
+// A lane holds 4 columns of 32 rows. It loads every 8-step rows of x for the others and hands them on by shuffles with
+// constant lanes: a load costs a CPU driver as much as many multiplications. Rows outermost keeps the sums in registers.
+
+const F32 = 0u;
+const F16 = 1u;
+const BF16 = 2u;
+const NONE = 0u; // out is overwritten
+const ADD = 1u; // out = product + add
+const OUT = 2u; // out += product
+
+override LANES: u32 = 8u;
+override W_TYPE: u32 = 0u;
+
+struct Dims {
+  m: u32,
+  n: u32,
+  k: u32,
+  x_offset: u32,
+  x_stride: u32,
+  w_offset: u32,
+  w_stride: u32,
+  out_offset: u32,
+  out_stride: u32,
+  lora_x_stride: u32,
+  lora_w_stride: u32,
+  end0: u32,
+  end1: u32,
+  lora_x0: u32,
+  lora_x1: u32,
+  lora_x2: u32,
+  lora_w0: u32,
+  lora_w1: u32,
+  lora_w2: u32,
+  r0: u32,
+  r1: u32,
+  r2: u32,
+  scale: f32,
+  plus: u32,
+}
+
+@group(0) @binding(0) var<uniform> rows: vec4u;
+@group(0) @binding(1) var<uniform> dims: Dims;
+@group(0) @binding(2) var<storage, read> x: array<vec4f>;
+@group(0) @binding(3) var<storage, read> w: array<vec4u>;
+@group(0) @binding(4) var<storage, read> w_half: array<vec2u>;
+@group(0) @binding(5) var<storage, read> lora_x: array<vec4f>;
+@group(0) @binding(6) var<storage, read> lora_w: array<vec4f>;
+@group(0) @binding(7) var<storage, read> add: array<vec4f>;
+@group(0) @binding(8) var<storage, read_write> out: array<vec4f>;
+
+/// Two 16-bit numbers of a word.
+fn halves(word: u32) -> vec2f {
+  if (W_TYPE == BF16) {
+    return vec2f(bitcast<f32>(word << 16u), bitcast<f32>(word & 0xffff0000u));
+  }
+  return unpack2x16float(word);
+}
+
+/// Weights `at` .. `at` + 7, counted in elements; `at` is a multiple of 8.
+fn weight8(at: u32) -> mat2x4f {
+  if (W_TYPE == F32) {
+    return mat2x4f(bitcast<vec4f>(w[at >> 2u]), bitcast<vec4f>(w[(at >> 2u) + 1u]));
+  }
+  let words = w[at >> 3u];
+  return mat2x4f(vec4f(halves(words.x), halves(words.y)), vec4f(halves(words.z), halves(words.w)));
+}
+
+/// Weights `at` .. `at` + 3; `at` is a multiple of 4.
+fn weight4(at: u32) -> vec4f {
+  if (W_TYPE == F32) {
+    return bitcast<vec4f>(w[at >> 2u]);
+  }
+  let words = w_half[at >> 2u];
+  return vec4f(halves(words.x), halves(words.y));
+}
+
+/// c[i] += Σ_k a(i, k) · b[k] over 8 k; lane l holds rows l, l + LANES, … in a, two vec4 each.
+fn multiply(c: ptr<function, array<vec4f, 32>>, a: ptr<function, array<vec4f, 8>>, b: ptr<function, array<vec4f, 8>>) {
+  // unroll: literal lanes and registers
+  for (var i = 0u; i < 32u; i++) {
+    var sum = (*c)[i];
+    // unroll
+    for (var k = 0u; k < 8u; k++) {
+      sum = fma(vec4f(subgroupShuffle((*a)[(i / LANES) * 2u + k / 4u][k % 4u], i % LANES)), (*b)[k], sum);
+    }
+    (*c)[i] = sum;
+  }
+}
+
+/// Writes one row of the tile: 4 columns of this lane.
+fn put(row: u32, column: u32, sum: vec4f) {
+  let at = (dims.out_offset + row * dims.out_stride + column) >> 2u;
+  var value = dims.scale * sum;
+  if (dims.plus == ADD) {
+    value += add[at];
+  }
+  if (dims.plus == OUT) {
+    value += out[at];
+  }
+  out[at] = value;
+}
+
+/// A column tile of a segment, and the segment's LoRA operands.
+struct Tile {
+  column: u32,
+  start: u32,
+  end: u32,
+  lora_x: u32,
+  lora_w: u32,
+  r: u32,
+}
+
+/// Segments are tiled apart, so that no tile crosses from one into the next.
+fn tile_of(index: u32) -> Tile {
+  let wide = 4u * LANES;
+  let tiles0 = (dims.end0 + wide - 1u) / wide;
+  let tiles1 = (dims.end1 - dims.end0 + wide - 1u) / wide;
+  if (index < tiles0) {
+    return Tile(index * wide, 0u, dims.end0, dims.lora_x0, dims.lora_w0, dims.r0);
+  }
+  if (index < tiles0 + tiles1) {
+    return Tile(dims.end0 + (index - tiles0) * wide, dims.end0, dims.end1, dims.lora_x1, dims.lora_w1, dims.r1);
+  }
+  let column = dims.end1 + (index - tiles0 - tiles1) * wide;
+  return Tile(column, dims.end1, dims.n, dims.lora_x2, dims.lora_w2, dims.r2);
+}
+
+@compute @workgroup_size(LANES)
+fn nt(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane: u32) {
+  let tile = tile_of(group.x);
+  let row0 = group.y * 32u;
+  let last = rows.x - 1u;
+  // Lanes past the end of the segment compute its last columns again and write nothing.
+  let column = tile.column + lane * 4u;
+  let safe = min(column, tile.end - 4u);
+  // Uniforms are read before the loop: a CPU driver hoists nothing.
+  let base = dims.k;
+  let inner = base + tile.r;
+  let stride = dims.w_stride;
+  let w0 = dims.w_offset + safe * stride;
+  let lora_w0 = (tile.lora_w + (safe - tile.start) * dims.lora_w_stride) >> 2u;
+  let next = dims.lora_w_stride >> 2u;
+  var x_row: array<u32, 4>;
+  var lora_row: array<u32, 4>;
+  // unroll
+  for (var g = 0u; g < 32u / LANES; g++) {
+    let row = min(row0 + g * LANES + lane, last);
+    x_row[g] = (dims.x_offset + row * dims.x_stride) >> 2u;
+    lora_row[g] = (tile.lora_x + row * dims.lora_x_stride) >> 2u;
+  }
+  var c: array<vec4f, 32>;
+  var a: array<vec4f, 8>;
+  var b: array<vec4f, 8>;
+  for (var k = 0u; k < inner; k += 8u) {
+    var b0: mat2x4f;
+    var b1: mat2x4f;
+    var b2: mat2x4f;
+    var b3: mat2x4f;
+    if (k < base) {
+      // unroll
+      for (var g = 0u; g < 32u / LANES; g++) {
+        let at = x_row[g] + (k >> 2u);
+        a[g * 2u] = x[at];
+        a[g * 2u + 1u] = x[at + 1u];
+      }
+      let at = w0 + k;
+      b0 = weight8(at);
+      b1 = weight8(at + stride);
+      b2 = weight8(at + 2u * stride);
+      b3 = weight8(at + 3u * stride);
+    } else {
+      let r = (k - base) >> 2u;
+      // unroll
+      for (var g = 0u; g < 32u / LANES; g++) {
+        let at = lora_row[g] + r;
+        a[g * 2u] = lora_x[at];
+        a[g * 2u + 1u] = lora_x[at + 1u];
+      }
+      let at = lora_w0 + r;
+      b0 = mat2x4f(lora_w[at], lora_w[at + 1u]);
+      b1 = mat2x4f(lora_w[at + next], lora_w[at + next + 1u]);
+      b2 = mat2x4f(lora_w[at + 2u * next], lora_w[at + 2u * next + 1u]);
+      b3 = mat2x4f(lora_w[at + 3u * next], lora_w[at + 3u * next + 1u]);
+    }
+    // unroll
+    for (var q = 0u; q < 8u; q++) {
+      b[q] = vec4f(b0[q / 4u][q % 4u], b1[q / 4u][q % 4u], b2[q / 4u][q % 4u], b3[q / 4u][q % 4u]);
+    }
+    multiply(&c, &a, &b);
+  }
+  // unroll
+  for (var i = 0u; i < 32u; i++) {
+    if (row0 + i < rows.x && column < tile.end) {
+      put(row0 + i, column, c[i]);
+    }
+  }
+}
+
+@compute @workgroup_size(LANES)
+fn nn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane: u32) {
+  let row0 = group.y * 32u;
+  let last = rows.x - 1u;
+  let column = (group.x * LANES + lane) * 4u;
+  let safe = min(column, dims.n - 4u);
+  let base = dims.k;
+  let inner = base + dims.r0;
+  let stride = dims.w_stride;
+  let w0 = dims.w_offset + safe;
+  let lora_stride = dims.lora_w_stride >> 2u;
+  let lora_w0 = (dims.lora_w0 + safe) >> 2u;
+  var x_row: array<u32, 4>;
+  var lora_row: array<u32, 4>;
+  // unroll
+  for (var g = 0u; g < 32u / LANES; g++) {
+    let row = min(row0 + g * LANES + lane, last);
+    x_row[g] = (dims.x_offset + row * dims.x_stride) >> 2u;
+    lora_row[g] = (dims.lora_x0 + row * dims.lora_x_stride) >> 2u;
+  }
+  var c: array<vec4f, 32>;
+  var a: array<vec4f, 8>;
+  var b: array<vec4f, 8>;
+  for (var k = 0u; k < inner; k += 8u) {
+    if (k < base) {
+      // unroll
+      for (var g = 0u; g < 32u / LANES; g++) {
+        let at = x_row[g] + (k >> 2u);
+        a[g * 2u] = x[at];
+        a[g * 2u + 1u] = x[at + 1u];
+      }
+      // unroll
+      for (var q = 0u; q < 8u; q++) {
+        b[q] = weight4(w0 + (k + q) * stride);
+      }
+    } else {
+      let r = k - base;
+      // unroll
+      for (var g = 0u; g < 32u / LANES; g++) {
+        let at = lora_row[g] + (r >> 2u);
+        a[g * 2u] = lora_x[at];
+        a[g * 2u + 1u] = lora_x[at + 1u];
+      }
+      // unroll
+      for (var q = 0u; q < 8u; q++) {
+        b[q] = lora_w[lora_w0 + (r + q) * lora_stride];
+      }
+    }
+    multiply(&c, &a, &b);
+  }
+  // unroll
+  for (var i = 0u; i < 32u; i++) {
+    if (row0 + i < rows.x && column < dims.n) {
+      put(row0 + i, column, c[i]);
+    }
+  }
+}
+
+@compute @workgroup_size(LANES)
+fn tn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane: u32) {
+  let row0 = group.y * 32u;
+  let column = (group.x * LANES + lane) * 4u;
+  let safe = min(column, dims.n - 4u);
+  let count = rows.x;
+  let stride = dims.w_stride;
+  let w0 = dims.w_offset + safe;
+  let x_stride = dims.x_stride >> 2u;
+  // The columns of x that this tile covers, four by four; past the end the last ones again.
+  var x_column: array<u32, 8>;
+  // unroll
+  for (var q = 0u; q < 8u; q++) {
+    x_column[q] = (dims.x_offset + min(row0 + q * 4u, dims.m - 4u)) >> 2u;
+  }
+  var c: array<vec4f, 32>;
+  var a: array<vec4f, 8>;
+  var b: array<vec4f, 8>;
+  for (var t = 0u; t < count; t += 8u) {
+    // Here a lane holds one row t of x, 32 columns of it; rows past the end count as zero.
+    let mine = t + lane % 8u;
+    let inside = select(0.0, 1.0, mine < count);
+    let source = min(mine, count - 1u) * x_stride;
+    // unroll
+    for (var q = 0u; q < 8u; q++) {
+      a[q] = inside * x[source + x_column[q]];
+    }
+    // unroll
+    for (var q = 0u; q < 8u; q++) {
+      b[q] = weight4(w0 + min(t + q, count - 1u) * stride);
+    }
+    // unroll
+    for (var i = 0u; i < 32u; i++) {
+      var sum = c[i];
+      // unroll
+      for (var q = 0u; q < 8u; q++) {
+        sum = fma(vec4f(subgroupShuffle(a[i / 4u][i % 4u], q)), b[q], sum);
+      }
+      c[i] = sum;
+    }
+  }
+  // unroll
+  for (var i = 0u; i < 32u; i++) {
+    if (row0 + i < dims.m && column < dims.n) {
+      put(row0 + i, column, c[i]);
+    }
+  }
+}

@@ -1,0 +1,91 @@
+/**
+ * Opens the one GPU device of a process and turns every GPU error into the end of the process.
+ * It never picks an algorithm: it only says what the device offers.
+ */
+
+/** How lanes of a workgroup exchange values: by subgroup shuffles, or through workgroup memory. */
+export type LaneModel = "subgroup" | "shared";
+
+/** An open device and the facts that kernels are chosen by. */
+export interface Gpu {
+  readonly device: GPUDevice;
+  readonly queue: GPUQueue;
+  /** What the driver calls itself, for logs and manifests. */
+  readonly name: string;
+  /** True for a software driver such as lavapipe, which wants kernels of its own. */
+  readonly cpu: boolean;
+  /** Lanes per subgroup where it is the same for every pipeline, else 0. */
+  readonly subgroup: number;
+  readonly lanes: LaneModel;
+  readonly timestamps: boolean;
+  readonly limits: GPUSupportedLimits;
+}
+
+/** The limits that a training step may need above WebGPU's defaults; all are asked for at the adapter's own value. */
+const LIMITS = [
+  "maxBufferSize",
+  "maxStorageBufferBindingSize",
+  "maxStorageBuffersPerShaderStage",
+  "maxComputeWorkgroupStorageSize",
+  "maxComputeInvocationsPerWorkgroup",
+  "maxComputeWorkgroupSizeX",
+] as const;
+
+let opened: Promise<Gpu> | undefined;
+
+/**
+ * Opens the fastest adapter (a discrete GPU before an integrated one before a CPU driver), once per process.
+ * Throws when there is none.
+ */
+export function openGpu(): Promise<Gpu> {
+  return opened ??= open();
+}
+
+/** The adapter's own description, for tables and manifests. */
+export async function describeAdapter(): Promise<string> {
+  return (await openGpu()).name;
+}
+
+async function open(): Promise<Gpu> {
+  // Mesa warns on stderr without it; any folder will do, nothing is written there.
+  if (Deno.env.get("XDG_RUNTIME_DIR") === undefined) Deno.env.set("XDG_RUNTIME_DIR", "/tmp");
+  const adapter = await navigator.gpu?.requestAdapter({ powerPreference: "high-performance" });
+  if (!adapter) throw new Error('Cannot open a GPU: no WebGPU adapter was found: run "sh scripts/setup.sh"');
+  const { info } = adapter;
+  const name = info.description || info.vendor || "unnamed adapter";
+  const requiredLimits = Object.fromEntries(LIMITS.map((limit) => [limit, adapter.limits[limit]]));
+  const timestamps = adapter.features.has("timestamp-query");
+  const request = (features: string[]) =>
+    adapter.requestDevice({ requiredLimits, requiredFeatures: features as GPUFeatureName[] });
+  const always = timestamps ? ["timestamp-query"] : [];
+  // Deno hides "subgroups" from adapter.features although the device grants it, so ask and see.
+  let subgroups = true;
+  const device = await request([...always, "subgroups"]).catch(() => {
+    subgroups = false;
+    return adapter.requestDevice({ requiredLimits, requiredFeatures: always as GPUFeatureName[] });
+  });
+  failOnErrors(device);
+  const cpu = /llvmpipe|swiftshader|software/i.test(name);
+  const fixed = subgroups && info.subgroupMinSize > 0 && info.subgroupMinSize === info.subgroupMaxSize;
+  return {
+    device,
+    queue: device.queue,
+    name,
+    cpu,
+    subgroup: fixed ? info.subgroupMinSize : 0,
+    lanes: fixed && cpu ? "subgroup" : "shared",
+    timestamps,
+    limits: device.limits,
+  };
+}
+
+/** Deno drops GPU errors silently; a script that goes on after one would write wrong numbers. */
+function failOnErrors(device: GPUDevice): void {
+  device.addEventListener("uncapturederror", (event) => {
+    event.preventDefault();
+    Promise.reject(new Error(`Cannot go on after a GPU error: ${(event as GPUUncapturedErrorEvent).error.message.trim()}`));
+  });
+  device.lost.then((lost) => {
+    if (lost.reason !== "destroyed") throw new Error(`Cannot go on: the GPU device was lost: ${lost.message}`);
+  });
+}

@@ -1,0 +1,231 @@
+/**
+ * The model as scripts see it: loaded onto the GPU with its buffers planned and its commands recorded, it evaluates and
+ * trains on packed micro-batches. Explicit forward and backward, no tape: `layer.ts` and `head.ts` hold the mathematics.
+ */
+import { type Gpu, openGpu } from "../gpu/device.ts";
+import { type Command, createRows, type Rows } from "../gpu/kernel.ts";
+import { run } from "../gpu/program.ts";
+import { createTensor, downloadBytes, type Tensor } from "../gpu/tensor.ts";
+import { type Adapter, readAdapter } from "./adapter.ts";
+import { type ModelConfig, readConfig } from "./config.ts";
+import { createFullGradients, type FullGradients } from "./full.ts";
+import { createHead, type Head } from "./head.ts";
+import { backward, decode, forward } from "./layer.ts";
+import { createLora, type LayerLora } from "./lora.ts";
+import { createOps, type Ops } from "./ops.ts";
+import type { ParameterGroup } from "./optimizer.ts";
+import { createPlan, headChunk, type Plan } from "./plan.ts";
+import { loadWeights, type Weights } from "./weights.ts";
+
+/** Packed documents: positions restart at 0 where one begins; `targets[i]` is the token that token i predicts, or −100. */
+export interface MicroBatch {
+  readonly inputIds: ArrayLike<number>;
+  readonly positionIds: ArrayLike<number>;
+  readonly targets: ArrayLike<number>;
+}
+
+/** How to open a model. */
+export interface LlamaOptions {
+  /** A model folder, dense or 4-bit. */
+  readonly model: string;
+  /** An adapter folder, or one already read. */
+  readonly adapter?: string | Adapter | undefined;
+  /** `none` only evaluates; `lora` trains the adapter, `full` every weight. */
+  readonly train?: "none" | "lora" | "full";
+  /** Most tokens of a micro-batch. */
+  readonly tokens: number;
+  readonly checkpointing?: "none" | "block";
+  /** Decode 4-bit weights once and keep them. */
+  readonly resident?: boolean;
+}
+
+/** Sums that are remembered on the GPU before they have to be read: losses of updates, and one slot for evaluation. */
+export const RING = 64;
+
+/** A loaded model. */
+export class Llama {
+  readonly gpu: Gpu;
+  readonly config: ModelConfig;
+  readonly ops: Ops;
+  readonly weights: Weights;
+  readonly lora: readonly LayerLora[] | undefined;
+  readonly plan: Plan;
+  /** What learns, for the optimizer. */
+  readonly groups: readonly ParameterGroup[];
+  readonly #full: FullGradients | undefined;
+  readonly #rows: Rows;
+  readonly #head: Head;
+  readonly #scale: GPUBuffer;
+  readonly #sums: Tensor;
+  readonly #embed: readonly Command[];
+  readonly #forward: readonly Command[];
+  readonly #backward: readonly Command[];
+
+  private constructor(
+    gpu: Gpu,
+    parts: { config: ModelConfig; ops: Ops; weights: Weights; lora: LayerLora[] | undefined; plan: Plan; full: FullGradients | undefined },
+    checkpointing: "none" | "block",
+  ) {
+    const { config, ops, weights, lora, plan, full } = parts;
+    this.gpu = gpu;
+    this.config = config;
+    this.ops = ops;
+    this.weights = weights;
+    this.lora = lora;
+    this.plan = plan;
+    this.#full = full;
+    this.groups = full?.groups ?? (plan.gradients && lora ? loraGroups(lora) : []);
+    this.#rows = createRows(gpu, "tokens");
+    this.#sums = createTensor(gpu, { name: "nll_sums", shape: [RING + 1] });
+    const usage = GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST;
+    this.#scale = gpu.device.createBuffer({ label: "scale", size: 16, usage });
+    this.#head = createHead(gpu, { ops, config, weights, plan, scale: this.#scale, sums: this.#sums, gradients: full?.head });
+    const rows = this.#rows, { batch } = plan;
+    const step = (l: number) => ({
+      ops,
+      rows,
+      batch,
+      weights: weights.layers[l]!,
+      lora: lora?.[l],
+      a: plan.activations[l]!,
+      x: plan.x[l]!,
+    });
+    this.#embed = weights.embed.map(({ first, tensor }) =>
+      ops.embedding.gather({ rows, ids: batch.ids, table: tensor, out: plan.x[0]!, first })
+    );
+    this.#forward = weights.layers.flatMap((layer, l) => [
+      ...decode(layer),
+      ...forward({ ...step(l), y: plan.x[l + 1]! }),
+    ]);
+    const down: Command[] = [];
+    for (let l = config.num_hidden_layers - 1; plan.gradients && l >= 0; l--) {
+      // The insides of the last layer are still there; those of the others are computed again under block checkpointing.
+      const again = checkpointing === "block" && l < config.num_hidden_layers - 1;
+      down.push(...(l < config.num_hidden_layers - 1 ? decode(weights.layers[l]!) : []));
+      if (again) down.push(...forward({ ...step(l), y: undefined }));
+      down.push(...backward({ ...step(l), g: plan.gradients, d: full?.layers[l], last: l === 0 && !full }));
+    }
+    if (full) down.push(...full.embedding({ ops, dx: plan.gradients!.dx }));
+    this.#backward = down;
+  }
+
+  /** Loads a model and plans its buffers. Throws where a file or a limit of the device stands against it. */
+  static async open(options: LlamaOptions): Promise<Llama> {
+    const { model, tokens, train = "none", checkpointing = "none", resident = false } = options;
+    const gpu = await openGpu();
+    const config = readConfig(model);
+    const ops = await createOps(gpu, config);
+    const weights = await loadWeights(gpu, { dir: model, config, trainable: train === "full", resident });
+    const adapter = typeof options.adapter === "string" ? readAdapter(options.adapter, config) : options.adapter;
+    const lora = adapter && await createLora(gpu, { config, ...adapter });
+    const chunk = headChunk(gpu, { config, tokens });
+    const plan = createPlan(gpu, { config, tokens, checkpointing, training: train !== "none", lora: widest(lora), chunk });
+    const full = train === "full" ? createFullGradients(gpu, { config, weights, tokens }) : undefined;
+    return new Llama(gpu, { config, ops, weights, lora, plan, full }, checkpointing);
+  }
+
+  /** Uploads a micro-batch; `slot` is where its loss is summed, `items` the labelled tokens that the loss averages over. */
+  #set({ inputIds, positionIds, targets }: MicroBatch, { items, slot }: { items: number; slot: number }): number {
+    const { gpu, plan: { batch }, config } = this;
+    const count = inputIds.length, most = batch.ids.shape[0]!;
+    if (count === 0 || count > most) throw new RangeError(`Cannot run a batch of ${count} tokens: 1 to ${most} are planned for`);
+    const ids = Uint32Array.from(inputIds), positions = Uint32Array.from(positionIds);
+    const spans = documentSpans(positions);
+    const rows: number[] = [], labels: number[] = [];
+    for (let i = 0; i < count; i++) {
+      if (ids[i]! >= config.vocab_size) throw new RangeError(`Cannot embed token ${ids[i]}: the vocabulary has ${config.vocab_size}`);
+      if (positions[i]! >= config.max_position_embeddings) {
+        throw new RangeError(`Cannot use position ${positions[i]}: the model has ${config.max_position_embeddings}`);
+      }
+      if (targets[i]! < 0) continue;
+      rows.push(i);
+      labels.push(targets[i]!);
+    }
+    const write = (tensor: Tensor, data: Uint32Array<ArrayBuffer>) => gpu.queue.writeBuffer(tensor.buffer, 0, data);
+    write(batch.ids, ids);
+    write(batch.positions, positions);
+    write(batch.spans, spans);
+    if (rows.length > 0) {
+      write(batch.labelRows, Uint32Array.from(rows));
+      write(batch.labels, Uint32Array.from(labels));
+    }
+    gpu.queue.writeBuffer(this.#scale, 0, new Float32Array([1 / items, slot, 0, 0]));
+    this.#rows.set(count);
+    this.#head.setLabelled(rows.length);
+    this.#full?.setTokens(ids);
+    return rows.length;
+  }
+
+  /** Forward only: adds the batch's loss to the evaluation slot and returns how many tokens it counts. */
+  evaluate(batch: MicroBatch): number {
+    const labelled = this.#set(batch, { items: 1, slot: RING });
+    run(this.gpu, [...this.#embed, ...this.#forward, ...this.#head.evaluate]);
+    return labelled;
+  }
+
+  /** Forward and backward: adds the loss to `slot` and the gradients of the loss over `items` tokens to the groups'. */
+  accumulate(batch: MicroBatch, { items, slot }: { items: number; slot: number }): void {
+    this.#set(batch, { items, slot });
+    run(this.gpu, this.trainCommands);
+  }
+
+  /** The commands of one training micro-batch, for profiling. */
+  get trainCommands(): readonly Command[] {
+    const { gradients } = this.plan;
+    if (!gradients) throw new Error("Cannot train: the model was opened for evaluation");
+    return [...this.#embed, ...this.#forward, { clear: gradients.dx }, ...this.#head.train, ...this.#backward];
+  }
+
+  /** Zeroes all gradients, before the first micro-batch of an update. */
+  zeroGradients(): void {
+    run(this.gpu, this.groups.map(({ grad }) => ({ clear: grad })));
+  }
+
+  /** Reads and clears the sum of evaluated losses. Waits for the GPU. */
+  async evaluated(): Promise<number> {
+    const sums = await this.losses();
+    return sums[RING]!;
+  }
+
+  /** Reads and clears all loss sums: one per slot, the evaluation's last. Waits for the GPU. */
+  async losses(): Promise<Float32Array> {
+    const sums = new Float32Array((await downloadBytes(this.gpu, this.#sums)).buffer);
+    run(this.gpu, [{ clear: this.#sums }]);
+    return sums;
+  }
+
+  /** Logits `[rows, vocab_size]` of the tokens at `rows` (all of them by default) of one document or packed row. */
+  async logits(batch: Omit<MicroBatch, "targets">, at?: readonly number[]): Promise<Float32Array[]> {
+    const wanted = new Set(at ?? Array.from(batch.inputIds, (_, i) => i));
+    const { logits } = this.plan.head, [chunk, stride] = logits.shape as [number, number];
+    if (wanted.size > chunk) throw new RangeError(`Cannot read logits of ${wanted.size} tokens at once: ${chunk} are planned for`);
+    this.#set({ ...batch, targets: Array.from(batch.inputIds, (_, i) => wanted.has(i) ? 0 : -100) }, { items: 1, slot: RING });
+    run(this.gpu, [...this.#embed, ...this.#forward, ...this.#head.logits]);
+    const bytes = await downloadBytes(this.gpu, logits, { bytes: wanted.size * stride * 4 });
+    const all = new Float32Array(bytes.buffer);
+    return Array.from(wanted, (_, i) => all.slice(i * stride, i * stride + this.config.vocab_size));
+  }
+}
+
+function loraGroups(lora: readonly LayerLora[]): ParameterGroup[] {
+  return lora.map(({ params, grads, slots }) => ({ name: params.name, param: params, grad: grads, slots, decay: true }));
+}
+
+/** The layer with the most adapted columns: scratch is shared, and all layers are alike unless modules were left out. */
+function widest(lora: readonly LayerLora[] | undefined): LayerLora | undefined {
+  return lora?.[0];
+}
+
+/** First token of each token's document, and the one after its last: u32 `[T, 2]`. */
+export function documentSpans(positions: Uint32Array): Uint32Array<ArrayBuffer> {
+  const count = positions.length, spans = new Uint32Array(2 * count);
+  for (let start = 0, i = 1; i <= count; i++) {
+    if (i < count && positions[i] === positions[i - 1]! + 1) continue;
+    for (let t = start; t < i; t++) {
+      spans[2 * t] = start;
+      spans[2 * t + 1] = i;
+    }
+    start = i;
+  }
+  return spans;
+}

@@ -1,0 +1,193 @@
+/**
+ * The base model on the GPU: fused projections, norms and the embedding in slices that the device can bind. Dense weights
+ * keep the type they are stored in; NF4 weights stay packed and are decoded into scratch, or once for good.
+ */
+import { type Dtype, fromFloat32, toFloat32 } from "../data/dtype.ts";
+import { NF4_CODE } from "../data/nf4.ts";
+import { openModel, type TensorSource } from "../data/safetensors.ts";
+import type { Gpu } from "../gpu/device.ts";
+import type { Dispatch } from "../gpu/kernel.ts";
+import { createTensor, type Storage, type Tensor, tensorBytes, upload } from "../gpu/tensor.ts";
+import { createNf4 } from "../ops/nf4.ts";
+import { type LinearModule, linearShape, type ModelConfig, moduleName } from "./config.ts";
+import { paddedVocab } from "./ops.ts";
+import { isQuantized, readQuantState } from "./quantized.ts";
+
+/** The four products of a layer, each of one to three projections that read the same input. */
+export const FUSED = {
+  qkv: ["q_proj", "k_proj", "v_proj"],
+  o: ["o_proj"],
+  gateUp: ["gate_proj", "up_proj"],
+  down: ["down_proj"],
+} as const satisfies Record<string, readonly LinearModule[]>;
+
+/** Name of a fused product. */
+export type FusedName = keyof typeof FUSED;
+
+/** One fused projection `[n, k]`, its projections stacked by rows. */
+export interface Linear {
+  readonly n: number;
+  readonly k: number;
+  readonly parts: readonly { readonly module: LinearModule; readonly columns: number }[];
+  readonly weight: Tensor;
+  /** What must run before `weight` may be read: empty for dense weights. */
+  readonly decode: readonly Dispatch[];
+}
+
+/** Weights of one decoder layer. */
+export interface LayerWeights extends Record<FusedName, Linear> {
+  readonly inputNorm: Tensor;
+  readonly postAttentionNorm: Tensor;
+}
+
+/** Consecutive rows of the embedding or the head. */
+export interface VocabSlice {
+  readonly first: number;
+  readonly tensor: Tensor;
+}
+
+/** All base weights. `head` is `embed` itself when they are tied. */
+export interface Weights {
+  readonly embed: readonly VocabSlice[];
+  readonly head: readonly VocabSlice[];
+  readonly norm: Tensor;
+  readonly layers: readonly LayerWeights[];
+  /** Everything allocated, for the memory table and for `destroy`. */
+  readonly tensors: readonly Tensor[];
+  /** Bytes as stored (packed 4-bit codes included), without scratch. */
+  readonly bytes: number;
+}
+
+/** How to hold the weights. */
+export interface WeightOptions {
+  /** Full training: every weight in f32. */
+  readonly trainable?: boolean;
+  /** Decode NF4 weights once and keep them, instead of layer by layer into shared scratch. */
+  readonly resident?: boolean;
+}
+
+const STORAGE: Partial<Record<Dtype, Storage>> = { F32: "f32", F16: "f16", BF16: "bf16" };
+
+/** The parts of a fused projection and its sizes. */
+export function fusedShape(config: ModelConfig, name: FusedName) {
+  const parts = FUSED[name].map((module) => ({ module, columns: linearShape(config, module)[0] }));
+  return { parts, n: parts.reduce((sum, part) => sum + part.columns, 0), k: linearShape(config, FUSED[name][0])[1] };
+}
+
+/** Reads the model folder `dir` (dense or 4-bit) onto the GPU, tensor by tensor. */
+export async function loadWeights(
+  gpu: Gpu,
+  { dir, config, trainable = false, resident = false }: { dir: string; config: ModelConfig } & WeightOptions,
+): Promise<Weights> {
+  using source = openModel(dir);
+  const tensors: Tensor[] = [];
+  const make = (name: string, shape: readonly number[], dtype: Storage) => {
+    const tensor = createTensor(gpu, { name, shape, dtype });
+    tensors.push(tensor);
+    return tensor;
+  };
+  const vector = async (name: string) => {
+    const tensor = make(name, [config.hidden_size], "f32");
+    await upload(gpu, tensor, toFloat32(source.read(name), info(source, name).dtype));
+    return tensor;
+  };
+
+  const sliced = async (name: string): Promise<VocabSlice[]> => {
+    const width = config.hidden_size, rows = paddedVocab(config), stored = info(source, name).dtype;
+    const dtype = trainable ? "f32" : storage(name, stored);
+    const limit = gpu.limits.maxStorageBufferBindingSize;
+    const most = Math.min(rows, Math.floor(limit / tensorBytes([1, width], dtype) / 64) * 64);
+    const slices: VocabSlice[] = [];
+    for (let first = 0; first < rows; first += most) {
+      const count = Math.min(most, rows - first), real = Math.min(count, config.vocab_size - first);
+      const tensor = make(rows === most ? name : `${name}[${first}…]`, [count, width], dtype);
+      const bytes = source.readRange(name, first * width * size(stored), real * width * size(stored));
+      await upload(gpu, tensor, trainable ? toFloat32(bytes, stored) : bytes);
+      slices.push({ first, tensor });
+    }
+    return slices;
+  };
+
+  const quantized = isQuantized(source);
+  const scratch = new Map<string, Tensor>();
+  const nf4 = createNf4(gpu, NF4_CODE as Float32Array<ArrayBuffer>);
+
+  const linear = async (layer: number, fused: FusedName): Promise<Linear> => {
+    const { parts, n, k } = fusedShape(config, fused);
+    const name = `layers.${layer}.${fused}`;
+    if (quantized && !trainable) return await packed(name, fused, layer);
+    const dtypes = parts.map(({ module }) => info(source, `${moduleName(layer, module)}.weight`).dtype);
+    const dtype = trainable ? "f32" : storage(name, dtypes[0]!);
+    const weight = make(name, [n, k], dtype);
+    let row = 0;
+    for (const { module, columns } of parts) {
+      const tensor = `${moduleName(layer, module)}.weight`;
+      const bytes = source.read(tensor), stored = info(source, tensor).dtype;
+      const same = STORAGE[stored] === dtype;
+      const data = same ? bytes : convert(toFloat32(bytes, stored), dtype);
+      await upload(gpu, weight, data, row * k * (dtype === "f32" ? 4 : 2));
+      row += columns;
+    }
+    return { n, k, parts, weight, decode: [] };
+  };
+
+  const packed = async (name: string, fused: FusedName, layer: number): Promise<Linear> => {
+    const { parts, n, k } = fusedShape(config, fused);
+    const states = parts.map(({ module }) => readQuantState(source, moduleName(layer, module)));
+    const { dtype: quantDtype, blocksize } = states[0]!;
+    const dtype = ({ float32: "f32", float16: "f16", bfloat16: "bf16" } as const)[quantDtype];
+    if (states.some((s) => s.dtype !== quantDtype || s.blocksize !== blocksize)) {
+      throw new Error(`Cannot fuse "${name}": its 4-bit projections differ in type or block size`);
+    }
+    const codes = make(`${name}.codes`, [n, k / 2], "u8");
+    const absmax = make(`${name}.absmax`, [n * k / blocksize], "f32");
+    let element = 0;
+    for (const [i, state] of states.entries()) {
+      await upload(gpu, codes, state.packed, element / 2);
+      await upload(gpu, absmax, state.absmax, element / blocksize * 4);
+      element += parts[i]!.columns * k;
+    }
+    const shared = resident ? undefined : scratch.get(fused);
+    const weight = shared ?? make(resident ? name : `scratch.${fused}`, [n, k], dtype);
+    if (!resident) scratch.set(fused, weight);
+    const decode = [nf4.dequantize({ codes, absmax, out: weight, count: n * k, blocksize })];
+    return { n, k, parts, weight, decode };
+  };
+
+  const embed = await sliced("model.embed_tokens.weight");
+  const head = config.tie_word_embeddings ? embed : await sliced("lm_head.weight");
+  const layers: LayerWeights[] = [];
+  for (let l = 0; l < config.num_hidden_layers; l++) {
+    layers.push({
+      inputNorm: await vector(`model.layers.${l}.input_layernorm.weight`),
+      postAttentionNorm: await vector(`model.layers.${l}.post_attention_layernorm.weight`),
+      qkv: await linear(l, "qkv"),
+      o: await linear(l, "o"),
+      gateUp: await linear(l, "gateUp"),
+      down: await linear(l, "down"),
+    });
+  }
+  const norm = await vector("model.norm.weight");
+  const bytes = tensors.reduce((sum, t) => sum + (scratch.get(t.name.replace("scratch.", "")) === t ? 0 : t.bytes), 0);
+  return { embed, head, norm, layers, tensors, bytes };
+}
+
+function info(source: TensorSource, name: string) {
+  const found = source.tensors.get(name);
+  if (!found) throw new Error(`Cannot load "${source.path}": it has no tensor "${name}"`);
+  return found;
+}
+
+function size(dtype: Dtype): number {
+  return dtype === "F32" ? 4 : 2;
+}
+
+function storage(name: string, dtype: Dtype): Storage {
+  const found = STORAGE[dtype];
+  if (!found) throw new TypeError(`Cannot load "${name}": it is ${dtype}: F32, F16 or BF16 is wanted`);
+  return found;
+}
+
+function convert(values: Float32Array<ArrayBuffer>, dtype: Storage): ArrayBufferView {
+  return dtype === "f32" ? values : fromFloat32(values, dtype === "f16" ? "F16" : "BF16");
+}

@@ -1,0 +1,131 @@
+/** Binding of adamw.wgsl: the gradient's norm and clipping, and AdamW with 32- or 8-bit state. */
+import type { Gpu } from "../gpu/device.ts";
+import { type Dispatch, fold, Kernel } from "../gpu/kernel.ts";
+import { createTensor, type Tensor, upload } from "../gpu/tensor.ts";
+import source from "../../kernels/adamw.wgsl" with { type: "text" };
+
+/** Elements per optimizer block, as in bitsandbytes since 0.44. */
+export const BLOCK = 256;
+
+/** One tensor inside a parameter buffer. */
+export interface ParameterSlot {
+  readonly name: string;
+  /** First element in the buffer. */
+  readonly offset: number;
+  readonly elements: number;
+  /** Rows of `columns` elements lie `stride` apart; equal when contiguous. */
+  readonly columns: number;
+  readonly stride: number;
+}
+
+/** Per-update numbers. */
+export interface StepValues {
+  readonly learningRate: number;
+  readonly beta1: number;
+  readonly beta2: number;
+  readonly eps: number;
+  readonly weightDecay: number;
+  /** Updates done, this one included: t of the bias correction. */
+  readonly step: number;
+  /** 0 leaves gradients alone. */
+  readonly maxGradNorm: number;
+  /** Where the norm goes in `norms`. */
+  readonly slot: number;
+}
+
+/** Which library's arithmetic is followed. */
+export type Convention = "torch" | "bitsandbytes";
+
+/** Packs a step's numbers as adamw.wgsl's `Step`, the complements of the betas rounded as the followed library does. */
+export function packStep(v: StepValues, convention: Convention): Float32Array<ArrayBuffer> {
+  const f = Math.fround;
+  const rest = (beta: number) => convention === "torch" ? 1 - beta : f(1) - f(beta);
+  const [b1, b2] = convention === "torch" ? [v.beta1, v.beta2] : [f(v.beta1), f(v.beta2)];
+  const c1 = 1 - b1 ** v.step, c2 = Math.sqrt(1 - b2 ** v.step);
+  return new Float32Array([
+    v.learningRate,
+    v.beta1,
+    v.beta2,
+    v.eps,
+    v.weightDecay,
+    c1,
+    c2,
+    v.maxGradNorm,
+    v.slot,
+    rest(v.beta1),
+    rest(v.beta2),
+    0,
+  ]);
+}
+
+/** The block table of some tensors of a parameter buffer: u32 `[blocks, 4]`. Throws where a row is too long for it. */
+export function blockTable(slots: readonly ParameterSlot[]): Uint32Array<ArrayBuffer> {
+  const rows: number[] = [];
+  for (const { name, offset, elements, columns, stride } of slots) {
+    const padded = stride !== columns;
+    if (padded && Math.max(columns, stride) > 0xffff) {
+      throw new RangeError(`Cannot optimize "${name}": padded rows of ${stride} columns are longer than 65535`);
+    }
+    for (let first = 0; first < elements; first += BLOCK) {
+      rows.push(offset, first, Math.min(BLOCK, elements - first), padded ? columns + stride * 65536 : 0);
+    }
+  }
+  return new Uint32Array(rows);
+}
+
+/** Uploads a block table under `name`; null when there is nothing in it. */
+export async function createBlocks(gpu: Gpu, { name, slots }: { name: string; slots: readonly ParameterSlot[] }) {
+  const table = blockTable(slots);
+  if (table.length === 0) return null;
+  const tensor = createTensor(gpu, { name, shape: [table.length / 4, 4], dtype: "u32" });
+  await upload(gpu, tensor, table);
+  return tensor;
+}
+
+/** AdamW over parameter buffers, in the arithmetic of `convention`. */
+export function createAdamw(gpu: Gpu, convention: Convention) {
+  const kernel = new Kernel(gpu, "adamw", source);
+  const after = { DECAY_AFTER: convention === "torch" ? 0 : 1 };
+  const count = (t: Tensor) => t.shape.reduce((product, n) => product * n, 1);
+  return {
+    /** Workgroups, and so partial sums, that `sumSquares` makes of `grad`. */
+    parts: (grad: Tensor): number => Math.ceil(count(grad) / 4096),
+    /** `partial[part …] =` sums of squares of `grad`. */
+    sumSquares: (t: { grad: Tensor; partial: Tensor; part: number }): Dispatch =>
+      kernel.record("sum_squares", {
+        constants: { PART: t.part, COUNT: count(t.grad) },
+        bind: { grad: t.grad, partial: t.partial },
+        grid: fold(Math.ceil(count(t.grad) / 4096)),
+      }),
+    /** Norm and clipping coefficient from `parts` partial sums into `norm` `[4]`, and the norm into `norms[slot]`. */
+    clip: (t: { step: GPUBuffer; partial: Tensor; parts: number; norm: Tensor; norms: Tensor }): Dispatch =>
+      kernel.record("clip", {
+        constants: { PARTS: t.parts },
+        bind: { step: t.step, partial: t.partial, norm: t.norm, norms: t.norms },
+        grid: [1, 1, 1],
+      }),
+    /** One update of the tensors of `blocks`, moments in f32 buffers of `param`'s layout. */
+    step32: (
+      t: { step: GPUBuffer; norm: Tensor; blocks: Tensor; grad: Tensor; param: Tensor; state1: Tensor; state2: Tensor },
+    ): Dispatch =>
+      kernel.record("step32", {
+        constants: after,
+        bind: { ...t },
+        grid: fold(t.blocks.shape[0]!),
+      }),
+    /** One update with 8-bit moments; codes u8 `[blocks, 256]`, absmax f32 `[blocks, 2]`, maps f32 `[256, 2]`. */
+    step8: (
+      t: {
+        step: GPUBuffer;
+        norm: Tensor;
+        blocks: Tensor;
+        grad: Tensor;
+        param: Tensor;
+        codes1: Tensor;
+        codes2: Tensor;
+        absmax: Tensor;
+        maps: Tensor;
+      },
+    ): Dispatch => kernel.record("step8", { constants: after, bind: { ...t }, grid: fold(t.blocks.shape[0]!) }),
+  };
+}

@@ -1,0 +1,28 @@
+/** Binding of nf4.wgsl: 4-bit weights back to numbers. */
+import type { Gpu } from "../gpu/device.ts";
+import { type Dispatch, fold, Kernel } from "../gpu/kernel.ts";
+import type { Tensor } from "../gpu/tensor.ts";
+import source from "../../kernels/nf4.wgsl" with { type: "text" };
+
+const TYPE: Record<string, number> = { f32: 0, f16: 1, bf16: 2 };
+
+/** Dequantization with the 16 values of `code` (bitsandbytes' `quant_map`). */
+export function createNf4(gpu: Gpu, code: Float32Array<ArrayBuffer>) {
+  const kernel = new Kernel(gpu, "nf4", source);
+  const usage = GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST;
+  const table = gpu.device.createBuffer({ label: "nf4.code", size: 64, usage });
+  gpu.queue.writeBuffer(table, 0, code);
+  return {
+    /** codes u8 `[count / 2]`, absmax f32 `[count / blocksize]` → out `[count]` in out's own type. */
+    dequantize: (t: { codes: Tensor; absmax: Tensor; out: Tensor; count: number; blocksize: number }): Dispatch => {
+      if (t.count % t.blocksize || !Number.isInteger(Math.log2(t.blocksize))) {
+        throw new RangeError(`Cannot dequantize "${t.codes.name}": ${t.count} elements are not whole blocks of ${t.blocksize}`);
+      }
+      return kernel.record("dequantize", {
+        constants: { TYPE: TYPE[t.out.dtype]!, COUNT: t.count, BLOCK_SHIFT: Math.log2(t.blocksize) },
+        bind: { code: table, codes: t.codes, absmax: t.absmax, out: t.out },
+        grid: fold(Math.ceil(t.count / 8 / 64)),
+      });
+    },
+  };
+}

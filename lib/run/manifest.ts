@@ -1,0 +1,246 @@
+/**
+ * What a stage read, wrote and measured: one `manifest.json` per folder, written last, so that a folder without one is
+ * unfinished. It never renders, aggregates or compares numbers, and it never touches a folder that no stage made.
+ */
+import { createHash } from "node:crypto";
+
+/** One file: `path`, size in bytes, SHA-256 in hex, time of the last change in ms since 1970. */
+export interface FileRecord {
+  readonly path: string;
+  readonly bytes: number;
+  readonly sha256: string;
+  readonly mtime: number;
+}
+
+/** What `manifest.json` holds: `reads` as they were named, `writes` relative to the stage's folder. */
+export interface Manifest {
+  readonly script: string;
+  readonly flags: Readonly<Record<string, unknown>>;
+  readonly seconds: number;
+  readonly device: string | null;
+  readonly reads: readonly FileRecord[];
+  readonly writes: readonly FileRecord[];
+  readonly numbers: Readonly<Record<string, unknown>>;
+}
+
+/** A stage at work in the folder `out`. */
+export interface Stage {
+  readonly out: string;
+  /** Hashes what lies under `out`, writes the manifest, and prints it as the last line of stdout. */
+  done(result: { readonly numbers: Readonly<Record<string, unknown>>; readonly device?: string }): Promise<void>;
+}
+
+type StageFlags = { readonly out: string; readonly force: boolean; readonly recipe: string } & Record<string, unknown>;
+
+const MANIFEST = "manifest.json";
+const LOCK = ".lock";
+/** Flags that change how a stage runs but not what it writes. */
+const NOT_RECORDED = ["force", "verbose", "help"];
+/** Large enough that a read call costs nothing beside the hashing, small enough to stay in the cache. */
+const READ_BYTES = 1 << 20;
+
+/**
+ * Begins the stage `name` in `opt.out`. If the manifest there agrees with the flags and with every file under `reads`,
+ * and all that it wrote is there unchanged, prints that it is up to date and exits 0 (unless `opt.force`). Otherwise
+ * locks the folder, empties it of the earlier run (`reuse` keeps the content) and returns the stage. Empty names and
+ * `hf:` names in `reads` are not files and are left to the flags. Throws when an input is missing or unfinished, when
+ * another process is at work in the folder, or when the folder has files that no run of this stage made.
+ */
+export async function beginStage(
+  name: string,
+  opt: StageFlags,
+  options: { readonly reads: readonly string[]; readonly reuse?: boolean },
+): Promise<Stage> {
+  const began = performance.now();
+  const out = trim(opt.out);
+  const inputs = options.reads.filter((path) => path !== "" && !path.startsWith("hf:")).map(trim);
+  for (const path of inputs) checkInput(path, out);
+  const before = readManifest(out);
+  const known = new Map(before?.reads.map((record) => [record.path, record]));
+  for (const path of inputs) addUpstream(path, known);
+  const reads = await records(inputs.flatMap((path) => filesUnder(path).map((file) => [file, file] as const)), known);
+  const flags = recorded(opt);
+  if (!opt.force && before !== undefined && await agrees(before, { name, flags, reads, out })) {
+    console.log(`${name} is up to date (${out})`);
+    Deno.exit(0);
+  }
+  const unlock = takeFolder(out, { name, owned: before?.script === name, keep: options.reuse ?? false });
+  return {
+    out,
+    async done({ numbers, device }) {
+      checkFinite("numbers", numbers);
+      const writes = await records(
+        filesUnder(out, ["checkpoints"]).map((path) => [path, path.slice(out.length + 1)] as const),
+        new Map(),
+      );
+      const seconds = Number(((performance.now() - began) / 1000).toFixed(3));
+      const manifest: Manifest = { script: name, flags, seconds, device: device ?? null, reads, writes, numbers };
+      await writeJson(`${out}/${MANIFEST}`, manifest);
+      unlock();
+      console.log(JSON.stringify(manifest));
+    },
+  };
+}
+
+/** Reads `<dir>/manifest.json`, or nothing when the folder is unfinished or missing. */
+export function readManifest(dir: string): Manifest | undefined {
+  const path = `${dir}/${MANIFEST}`;
+  if (!exists(path)) return undefined;
+  try {
+    return JSON.parse(Deno.readTextFileSync(path)) as Manifest;
+  } catch (error) {
+    throw new SyntaxError(
+      `Cannot read "${path}": ${(error as Error).message}: remove the file and run the stage again`,
+    );
+  }
+}
+
+/** Writes `path` so that a reader sees all of it or none: a temporary file beside it, fsync, rename. */
+export async function writeAtomic(path: string, data: Uint8Array | string): Promise<void> {
+  const temporary = `${path}.${Deno.pid}.tmp`;
+  const file = await Deno.open(temporary, { write: true, create: true, truncate: true });
+  try {
+    const bytes = typeof data === "string" ? new TextEncoder().encode(data) : data;
+    for (let done = 0; done < bytes.length;) done += await file.write(bytes.subarray(done));
+    await file.sync();
+  } finally {
+    file.close();
+  }
+  await Deno.rename(temporary, path);
+}
+
+/** Writes `value` as JSON with two spaces and a last newline, by {@link writeAtomic}. */
+export async function writeJson(path: string, value: unknown): Promise<void> {
+  await writeAtomic(path, JSON.stringify(value, null, 2) + "\n");
+}
+
+/** SHA-256 of a file in hex, read in pieces of 1 MiB: the file is never in memory as a whole. */
+export function sha256File(path: string): string {
+  const hash = createHash("sha256");
+  const piece = new Uint8Array(READ_BYTES);
+  using file = Deno.openSync(path);
+  for (let n = file.readSync(piece); n !== null; n = file.readSync(piece)) hash.update(piece.subarray(0, n));
+  return hash.digest("hex");
+}
+
+/** Throws when `path` is missing, or lies in a stage's folder that has no manifest. */
+function checkInput(path: string, out: string): void {
+  const [, folder, number] = /^((?:.*\/)?(0[1-8])_[a-z0-9_]+)(?:\/|$)/.exec(path) ?? [];
+  const remedy = number === undefined ? "no such file or folder" : `run "deno task ${number}" first`;
+  if (!exists(path)) throw new Error(`Cannot read "${path}": ${remedy}`);
+  const inProgress = folder === out || path.includes("/checkpoints/");
+  if (folder !== undefined && !inProgress && !exists(`${folder}/${MANIFEST}`)) {
+    throw new Error(`Cannot read "${path}": "${folder}" has no ${MANIFEST}, so it is unfinished: ${remedy}`);
+  }
+}
+
+/** A stage that wrote `path` has hashed it: its records serve as long as size and time of change agree. */
+function addUpstream(path: string, known: Map<string, FileRecord>): void {
+  for (let dir = path; dir !== ""; dir = dir.slice(0, Math.max(0, dir.lastIndexOf("/")))) {
+    if (!exists(`${dir}/${MANIFEST}`)) continue;
+    for (const record of readManifest(dir)?.writes ?? []) known.set(`${dir}/${record.path}`, record);
+    return;
+  }
+}
+
+async function records(
+  files: readonly (readonly [file: string, name: string])[],
+  known: ReadonlyMap<string, FileRecord>,
+): Promise<FileRecord[]> {
+  const result: FileRecord[] = [];
+  for (const [file, path] of files) {
+    const { size, mtime } = await Deno.stat(file);
+    const [bytes, changed] = [size, mtime?.getTime() ?? 0];
+    const same = known.get(file);
+    const sha256 = same?.bytes === bytes && same.mtime === changed ? same.sha256 : sha256File(file);
+    result.push({ path, bytes, sha256, mtime: changed });
+  }
+  return result;
+}
+
+async function agrees(
+  before: Manifest,
+  now: { name: string; flags: Readonly<Record<string, unknown>>; reads: readonly FileRecord[]; out: string },
+): Promise<boolean> {
+  const content = (list: readonly FileRecord[]) => list.map(({ path, bytes, sha256 }) => [path, bytes, sha256]);
+  if (before.script !== now.name || fingerprint(before.flags) !== fingerprint(now.flags)) return false;
+  if (JSON.stringify(content(before.reads)) !== JSON.stringify(content(now.reads))) return false;
+  if (!before.writes.every(({ path }) => exists(`${now.out}/${path}`))) return false;
+  const known = new Map(before.writes.map((record) => [`${now.out}/${record.path}`, record]));
+  const there = await records(before.writes.map(({ path }) => [`${now.out}/${path}`, path] as const), known);
+  return JSON.stringify(content(before.writes)) === JSON.stringify(content(there));
+}
+
+function recorded(opt: StageFlags): Record<string, unknown> {
+  const empty = (value: unknown) => Array.isArray(value) && value.length === 0;
+  return Object.fromEntries(
+    Object.entries(opt).filter(([key, value]) => !NOT_RECORDED.includes(key) && !(key === "_" && empty(value))),
+  );
+}
+
+function fingerprint(flags: Readonly<Record<string, unknown>>): string {
+  return JSON.stringify(Object.entries(flags).filter(([key]) => key !== "out").sort());
+}
+
+/** Locks `out` for this process and empties it unless `keep`; returns what releases it. */
+function takeFolder(out: string, stage: { name: string; owned: boolean; keep: boolean }): () => void {
+  Deno.mkdirSync(out, { recursive: true });
+  const lock = `${out}/${LOCK}`;
+  const others = [...Deno.readDirSync(out)].map((entry) => entry.name).filter((name) => name !== LOCK);
+  const left = exists(lock) ? Deno.readTextFileSync(lock) : "";
+  const owned = stage.owned || left.startsWith(`${stage.name} `);
+  if (others.length > 0 && !owned && !stage.keep) {
+    throw new Error(
+      `Cannot write "${out}": it has files that ${stage.name} did not make ("${others[0]}"): ` +
+        "name another folder with --out, or remove this one",
+    );
+  }
+  // The kernel frees the lock when its process ends, however it ends: a dead process never blocks the folder.
+  const file = Deno.openSync(lock, { read: true, write: true, create: true });
+  if (!file.tryLockSync(true) || !exists(lock)) {
+    file.close();
+    throw new Error(`Cannot write "${out}": another process is at work there (${left.trim()}): wait for it or end it`);
+  }
+  file.truncateSync();
+  file.writeSync(new TextEncoder().encode(`${stage.name} pid ${Deno.pid}\n`));
+  for (const name of others) {
+    if (!stage.keep || name === MANIFEST) Deno.removeSync(`${out}/${name}`, { recursive: true });
+  }
+  if (stage.keep) { for (const path of filesUnder(out)) if (path.endsWith(".tmp")) Deno.removeSync(path); }
+  return () => {
+    Deno.removeSync(lock);
+    file.close();
+  };
+}
+
+/** All files under `path` in a fixed order, without manifests and locks and without folders named in `skip`. */
+function filesUnder(path: string, skip: readonly string[] = []): string[] {
+  if (!Deno.statSync(path).isDirectory) return [path];
+  const names = [...Deno.readDirSync(path)].map((entry) => entry.name).sort();
+  return names.filter((name) => name !== MANIFEST && name !== LOCK && !skip.includes(name))
+    .flatMap((name) => filesUnder(`${path}/${name}`, skip));
+}
+
+function exists(path: string): boolean {
+  try {
+    Deno.statSync(path);
+    return true;
+  } catch (error) {
+    if (error instanceof Deno.errors.NotFound || error instanceof Deno.errors.NotADirectory) return false;
+    throw error;
+  }
+}
+
+/** JSON has no NaN: it would be written as null and nobody would see it. */
+function checkFinite(name: string, value: unknown): void {
+  if (typeof value === "number" && !Number.isFinite(value)) {
+    throw new RangeError(`Cannot write ${MANIFEST}: ${name} is ${value}: a finite number is wanted`);
+  }
+  if (typeof value === "object" && value !== null) {
+    for (const [key, inner] of Object.entries(value)) checkFinite(`${name}.${key}`, inner);
+  }
+}
+
+function trim(path: string): string {
+  return path.length > 1 ? path.replace(/\/+$/, "") : path;
+}

@@ -1,0 +1,98 @@
+/**
+ * 04 · LoRA: a fresh adapter on the projections of the loaded model, in PEFT's files.
+ * Blog section "Step 3: LoRA Adapter Configuration"; LoRA, arXiv:2106.09685.
+ *
+ *   deno task 04
+ *   deno task 04 --r 32 --alpha 64 --target-modules q_proj,v_proj
+ *
+ * reads   artifacts/02_load
+ * writes  artifacts/04_lora/adapter_config.json  adapter_model.safetensors  manifest.json
+ */
+import { openModel } from "../lib/data/safetensors.ts";
+import {
+  adapterTensors,
+  initAdapter,
+  type LoraConfig,
+  readAdapter,
+  saveAdapter,
+  scaling,
+} from "../lib/model/adapter.ts";
+import { linearModules, readConfig, readJsonObject } from "../lib/model/config.ts";
+import { adapterIsNoop } from "../lib/model/llama.ts";
+import { countElements } from "../lib/model/quantized.ts";
+import { byRecipe, choice, flags, unset } from "../lib/run/flags.ts";
+import { beginStage } from "../lib/run/manifest.ts";
+import { bytes, count, percent, table } from "../lib/run/print.ts";
+
+const opt = flags(import.meta, {
+  model: "artifacts/02_load", // the loaded model
+  r: 16, // rank
+  alpha: 32, // the product B·A is scaled by alpha / r
+  dropout: 0, // of the adapter's input while it trains
+  targetModules: linearModules, // the projections that get an adapter
+  rslora: false, // scale by alpha / sqrt(r) instead
+  seed: byRecipe({ tiny: 42, blog: 3407 }), // 3407 is Unsloth's default
+  dtype: choice(["float32", "bfloat16"]), // of the adapter file; it trains in float32
+  baseModel: unset, // where the 16-bit base will be found, if not where stage 02 read it
+});
+const stage = await beginStage("04_lora", opt, { reads: [opt.model] });
+
+// 1. What the adapter is for: PEFT must find the 16-bit base, not the 4-bit copy of it.
+const load = readJsonObject(`${opt.model}/load.json`);
+if (load.mode === "full") {
+  throw new Error(
+    `Cannot make an adapter for "${opt.model}": it was loaded with --mode full, which trains all weights: ` +
+      'run "deno task 02 --mode qlora" first',
+  );
+}
+const config = readConfig(opt.model);
+const lora: LoraConfig = {
+  r: opt.r,
+  lora_alpha: opt.alpha,
+  lora_dropout: opt.dropout,
+  target_modules: opt.targetModules,
+  use_rslora: opt.rslora,
+  base_model_name_or_path: opt.baseModel === unset ? String(load.base) : opt.baseModel,
+};
+
+// 2. A is random, B is zero.
+const tensors = initAdapter(config, lora, opt.seed);
+await saveAdapter(opt.out, lora, tensors, opt.dtype);
+
+// 3. How much there is to train.
+using source = openModel(opt.model);
+const base = countElements(source, config);
+const trainable = adapterTensors(config, lora).reduce((sum, { shape }) => sum + shape[0] * shape[1], 0);
+const asBlog = base.storedElements + trainable;
+const truly = base.parameters + trainable;
+const { size } = await Deno.stat(`${opt.out}/adapter_model.safetensors`);
+console.log(table([
+  ["Rank, alpha, scaling", `${opt.r}, ${opt.alpha}, ${scaling(lora)}`],
+  ["Target modules", opt.targetModules.join(" ")],
+  ["Trainable (LoRA)", count(trainable)],
+  [
+    "of stored elements",
+    `${count(asBlog)}: ${percent(trainable / asBlog)} (as the blog counts: a 4-bit weight is half)`,
+  ],
+  ["of all parameters", `${count(truly)}: ${percent(trainable / truly)}`],
+  ["Frozen (base)", count(base.parameters)],
+  ["Adapter file", `${bytes(size)}, ${opt.dtype}`],
+]));
+
+// 4. The proof: read back, the adapter fits the model, and it changes no bit of the logits, because B is zero.
+const written = readAdapter(opt.out, config);
+const noop = await adapterIsNoop(opt.model, opt.out); // ← a forward pass with and without the adapter
+if (!noop) throw new Error(`Cannot accept "${opt.out}": the fresh adapter changes the logits: B must be zero`);
+console.log(`Logits with the fresh adapter of ${written.tensors.size} tensors equal the base's, bit for bit.`);
+await stage.done({
+  numbers: {
+    tensors: written.tensors.size,
+    trainable,
+    total_as_the_blog_counts: asBlog,
+    trainable_share_as_the_blog_counts: trainable / asBlog,
+    total: truly,
+    trainable_share: trainable / truly,
+    scaling: scaling(lora),
+    fresh_adapter_is_noop: noop,
+  },
+});

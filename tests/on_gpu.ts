@@ -1,0 +1,112 @@
+/**
+ * What the kernel tests share: one device in each lane model, tensors with guard bytes behind them, and running commands
+ * twice. Refuses a result that differs between two runs or writes past its end; without an adapter its tests are ignored.
+ */
+import { assertEquals } from "@std/assert";
+import { type Gpu, type LaneModel, openGpu } from "../lib/gpu/device.ts";
+import { type Command, createRows, type Rows } from "../lib/gpu/kernel.ts";
+import { run } from "../lib/gpu/program.ts";
+import { createTensor, downloadBytes, type Storage, type Tensor, upload } from "../lib/gpu/tensor.ts";
+
+const found = (await navigator.gpu?.requestAdapter()) != null;
+const BYTES: Record<Storage, number> = { f32: 4, u32: 4, f16: 2, bf16: 2, u8: 1 };
+const GUARD = 0xa5, GUARD_BYTES = 4096;
+
+/** A tensor that a kernel writes, the bytes that it starts from, and behind them the guard. */
+export interface Output extends Tensor {
+  readonly start: Uint8Array<ArrayBuffer>;
+}
+
+/** What a test of kernels works with; everything that it makes is destroyed when the test ends. */
+export interface Bench {
+  readonly gpu: Gpu;
+  /** A tensor of these values: raw bytes where they are not the elements themselves (16-bit floats). */
+  input(name: string, values: ArrayBufferView, at?: { shape?: readonly number[]; dtype?: Storage }): Promise<Tensor>;
+  /** A tensor to be written: NaN all over, or `start`. */
+  output(name: string, at: { shape: readonly number[]; dtype?: Storage; start?: ArrayBufferView }): Output;
+  rows(count: number, first?: number): Rows;
+  /** A uniform buffer. */
+  uniform(values: Float32Array<ArrayBuffer>): GPUBuffer;
+  /** Runs the commands twice, each time from the starting bytes, and returns the outputs, as floats over their bytes. */
+  compute(commands: readonly Command[], outputs: readonly Output[]): Promise<Float32Array<ArrayBuffer>[]>;
+}
+
+function createBench(gpu: Gpu, made: GPUBuffer[]): Bench {
+  const allocate = (name: string, start: Uint8Array, { shape, dtype }: { shape: readonly number[]; dtype: Storage }) => {
+    const tensor = createTensor(gpu, { name, shape: [start.length + GUARD_BYTES], dtype: "u8" });
+    made.push(tensor.buffer);
+    return { ...tensor, shape, dtype };
+  };
+  const guarded = (start: Uint8Array) => {
+    const bytes = new Uint8Array(start.length + GUARD_BYTES).fill(GUARD);
+    bytes.set(start);
+    return bytes;
+  };
+  const read = async (output: Output) => {
+    const bytes = await downloadBytes(gpu, output);
+    const end = output.start.length;
+    const broken = bytes.subarray(end, end + GUARD_BYTES).findIndex((byte) => byte !== GUARD);
+    assertEquals(broken, -1, `"${output.name}" is written ${broken} bytes past its end`);
+    return new Float32Array(bytes.slice(0, end).buffer);
+  };
+  return {
+    gpu,
+    async input(name, values, { shape, dtype = values instanceof Uint32Array ? "u32" : "f32" } = {}) {
+      const start = new Uint8Array(values.buffer, values.byteOffset, values.byteLength);
+      const tensor = allocate(name, start, { shape: shape ?? [values.byteLength / BYTES[dtype]], dtype });
+      await upload(gpu, tensor, guarded(start));
+      return tensor;
+    },
+    output(name, { shape, dtype = "f32", start }) {
+      const bytes = shape.reduce((product, n) => product * n, 1) * BYTES[dtype];
+      const from = start ?? new Float32Array(Math.ceil(bytes / 4)).fill(NaN);
+      const copy = new Uint8Array(from.buffer, from.byteOffset, bytes).slice();
+      return { ...allocate(name, copy, { shape, dtype }), start: copy };
+    },
+    rows(count, first = 0) {
+      const rows = createRows(gpu, "rows");
+      made.push(rows.buffer);
+      rows.set(count, first);
+      return rows;
+    },
+    uniform(values) {
+      const usage = GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST;
+      const buffer = gpu.device.createBuffer({ size: values.byteLength, usage });
+      made.push(buffer);
+      gpu.queue.writeBuffer(buffer, 0, values);
+      return buffer;
+    },
+    async compute(commands, outputs) {
+      const once = async () => {
+        for (const output of outputs) await upload(gpu, output, guarded(output.start));
+        run(gpu, commands);
+        return await Promise.all(outputs.map(read));
+      };
+      const first = await once(), second = await once();
+      outputs.forEach(({ name }, i) => {
+        const a = new Uint32Array(first[i]!.buffer), b = new Uint32Array(second[i]!.buffer);
+        assertEquals(a.findIndex((word, at) => word !== b[at]), -1, `two runs give different bits in "${name}"`);
+      });
+      return first;
+    },
+  };
+}
+
+/** Registers a test once per lane model; REQUIRE_GPU=1 makes it fail, instead of being ignored, where there is no adapter. */
+export function gpuTest(name: string, body: (bench: Bench) => Promise<void>): void {
+  const spoken: Record<LaneModel, string> = { subgroup: "subgroups", shared: "workgroup memory" };
+  for (const lanes of ["subgroup", "shared"] as const) {
+    Deno.test({
+      name: `${name} (${spoken[lanes]})`,
+      ignore: !found && Deno.env.get("REQUIRE_GPU") !== "1",
+      async fn() {
+        const gpu = await openGpu();
+        // A device without subgroups of one size has workgroup memory alone.
+        if (lanes === "subgroup" && gpu.lanes !== "subgroup") return;
+        const made: GPUBuffer[] = [];
+        await body(createBench({ ...gpu, lanes }, made));
+        for (const buffer of made) buffer.destroy();
+      },
+    });
+  }
+}
