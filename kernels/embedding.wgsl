@@ -8,7 +8,9 @@
 //   table            f32, f16 or bf16 (TYPE) [COUNT, DIM]   a slice of the vocabulary; or any f32 rows
 //   out, x, dtable   f32 [·, DIM]
 //   ids, order, starts   u32
-//   grid             one workgroup per row (gather, scatter) or per distinct id (backward), folded
+//   grid             gather, scatter: one workgroup per row, folded
+//                    backward: the same per distinct id, and in z one per 4 · LANES columns: a lane has one vec4 of columns,
+//                    because lavapipe ends an invocation's loops after 65,535 iterations in all
 
 const F32 = 0u;
 const BF16 = 2u;
@@ -76,11 +78,13 @@ fn backward(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index
   if (id < FIRST || id - FIRST >= COUNT) {
     return;
   }
-  for (var c = lane; c < DIM / 4u; c += LANES) {
-    var sum = vec4f(0.0);
-    for (var i = starts[slot]; i < starts[slot + 1u]; i++) {
-      sum += x[order[i] * (DIM / 4u) + c];
-    }
-    dtable[(id - FIRST) * (DIM / 4u) + c] += sum;
+  let c = group.z * LANES + lane;
+  if (c >= DIM / 4u) {
+    return;
   }
+  var sum = vec4f(0.0);
+  for (var i = starts[slot]; i < starts[slot + 1u]; i++) {
+    sum += x[order[i] * (DIM / 4u) + c];
+  }
+  dtable[(id - FIRST) * (DIM / 4u) + c] += sum;
 }

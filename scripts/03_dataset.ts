@@ -18,7 +18,7 @@ import {
   unlearntRows,
   writeRows,
 } from "../lib/data/dataset.ts";
-import { packings, packRows } from "../lib/data/packing.ts";
+import { packings, packRows, type Slice } from "../lib/data/packing.ts";
 import { readSplits, type SftRecord, type Split, splits } from "../lib/data/records.ts";
 import { BLOG_SYSTEM, BLOG_TEMPLATE, chatTemplate } from "../lib/data/template.ts";
 import { loadTokenizer } from "../lib/data/tokenizer.ts";
@@ -42,6 +42,7 @@ const opt = flags(import.meta, {
   parseSpecial: true, // false: "<|endoftext|>" within a record is plain text
   dropUnlearnt: false, // leave rows without a learnt token out instead of stopping
   limit: 0, // records of each split; 0 for all
+  hubUrl: unset, // another hub than huggingface.co, for hf: sources
 }, { renamed: { maxLength: "maxSeqLength", packingStrategy: "packing" } });
 const tokenizerFiles = ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "config.json"]
   .map((name) => `${opt.tokenizer}/${name}`).filter(exists);
@@ -63,7 +64,11 @@ await writeJson(`${opt.out}/template.json`, { ...template.source, eos_token_id: 
 
 // 2. The records of the three splits; what the source lacks is taken out of train.
 const hub = opt.source.startsWith("hf:")
-  ? await fetchRepo(opt.source, { type: "dataset", files: ["**.jsonl", "**.json", "**.parquet"] })
+  ? await fetchRepo(opt.source, {
+    type: "dataset",
+    files: ["**.jsonl", "**.json", "**.parquet"],
+    ...(opt.hubUrl === unset ? {} : { hubUrl: opt.hubUrl }),
+  })
   : undefined;
 const { records, files, notes } = await readSplits(hub?.dir ?? opt.source, {
   validation: opt.validation,
@@ -81,17 +86,15 @@ for (const split of splits) {
   const examples = encodeAll(split);
   let slices = packRows(examples.map(({ ids }) => ids.length), { packing, maxLength });
   let rows = assembleRows(examples, slices, { packing, metadata: metadata(split) });
-  const unlearnt = unlearntRows(rows);
-  if (unlearnt.length > 0) {
-    if (!opt.dropUnlearnt) throw nothingToLearn(split, slices[unlearnt[0]!]!.map(({ document }) => document), unlearnt);
-    const out = new Set(unlearnt);
-    slices = slices.filter((_, r) => !out.has(r));
+  const unlearnt = new Set(unlearntRows(rows));
+  if (unlearnt.size > 0) {
+    slices = withoutRows(split, slices, unlearnt);
     rows = assembleRows(examples, slices, { packing, metadata: rows.metadata });
   }
   await writeRows(`${opt.out}/${split}.safetensors`, rows);
   numbers[split] = {
     ...statistics(examples, rows, { packing, maxLength, eosId: tokenizer.eosId }),
-    rows_dropped: unlearnt.length,
+    rows_dropped: unlearnt.size,
     examples_also_in_train: split === "train" ? 0 : records[split].filter((r) => inTrain.has(JSON.stringify(r))).length,
   };
   if (split === "train") shown = documentParts(rows, tokenizer).map(mark).join("");
@@ -137,7 +140,8 @@ function encodeAll(split: Split): Example[] {
     try {
       return encodeRecord(record, { tokenizer, template, loss: opt.loss, escape: !opt.parseSpecial });
     } catch (error) {
-      throw new Error(`Cannot tokenise record ${i} of ${split}: ${(error as Error).message}`, { cause: error });
+      const { message } = error as Error;
+      throw new Error(`Cannot tokenise record ${i} of ${split}: ${message.replace(/^C/, "c")}`, { cause: error });
     }
   };
   const examples = records[split].map(encode);
@@ -156,13 +160,15 @@ function metadata(split: Split): Record<string, string> {
   };
 }
 
-function nothingToLearn(split: Split, documents: readonly number[], unlearnt: readonly number[]): Error {
-  return new Error(
-    `Cannot learn from row ${unlearnt[0]} of ${split} (record ${documents.join(", ")}) and ${
-      unlearnt.length - 1
-    } more: ` +
-      "all labels are masked, as when a prompt alone fills the row: raise --max-seq-length, mend the record or pass " +
-      "--drop-unlearnt",
+/** Rows from which nothing would be learnt are an error, or left out with --drop-unlearnt. */
+function withoutRows(split: Split, slices: readonly Slice[][], unlearnt: ReadonlySet<number>): Slice[][] {
+  const rest = slices.filter((_, r) => !unlearnt.has(r));
+  if (opt.dropUnlearnt && (split !== "train" || rest.length > 0)) return rest;
+  const first = Math.min(...unlearnt);
+  const documents = slices[first]!.map(({ document }) => document).join(", ");
+  throw new Error(
+    `Cannot learn from row ${first} of ${split} (record ${documents}) and ${unlearnt.size - 1} more: all labels are ` +
+      "masked, as when a prompt alone fills the row: raise --max-seq-length, mend the record or pass --drop-unlearnt",
   );
 }
 

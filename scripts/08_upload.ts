@@ -16,7 +16,7 @@ import { checkRepoId, environmentToken, type HubAccess, hubBase } from "../lib/h
 import { accountName, likelyMode, listLocal, uploadFolder } from "../lib/hub/upload.ts";
 import { parameterShapes, readConfig, readJsonObject } from "../lib/model/config.ts";
 import { byRecipe, flags, unset } from "../lib/run/flags.ts";
-import { beginStage, type Manifest, readManifest, writeAtomic, writeJson } from "../lib/run/manifest.ts";
+import { beginStage, type Manifest, readManifest, writeAtomic } from "../lib/run/manifest.ts";
 import { bytes, progress, table } from "../lib/run/print.ts";
 
 const opt = flags(import.meta, {
@@ -60,9 +60,9 @@ const site = hubBase(access);
 if (!opt.dryRun) console.log(`Uploading as ${await accountName(access)}`);
 
 // 2. A finished dry run is up to date until something changes; a real one always asks the hub what it has.
-const records = [opt.dataset, opt.train, opt.evaluation].filter((dir) => readManifest(dir) !== undefined);
+const told = [opt.merge, opt.dataset, opt.train, opt.evaluation].filter((dir) => readManifest(dir) !== undefined);
 const stage = await beginStage("08_upload", { ...opt, force: opt.force || !opt.dryRun }, {
-  reads: [...targets.map(({ kind }) => `${opt.merge}/${kind}`), ...records],
+  reads: [...targets.map(({ kind }) => `${opt.merge}/${kind}`), ...told.map((dir) => `${dir}/manifest.json`)],
 });
 
 // 3. The cards, and the base's name where the adapter has a path of this machine.
@@ -164,7 +164,7 @@ function gatherFacts(): CardFacts {
     return same;
   };
   const evaluation = readManifest(opt.evaluation);
-  const template = records.includes(opt.dataset)
+  const template = told.includes(opt.dataset)
     ? readTemplate(`${opt.dataset}/template.json`)
     : chatTemplate({ template: BLOG_TEMPLATE, system: BLOG_SYSTEM, eos_token: "" });
   return {
@@ -178,6 +178,7 @@ function gatherFacts(): CardFacts {
     lora: {
       r: Number(lora.r),
       lora_alpha: Number(lora.lora_alpha),
+      use_rslora: lora.use_rslora === true,
       target_modules: (lora.target_modules as string[]).toSorted(),
     },
     dataset: readManifest(opt.dataset),
@@ -191,7 +192,8 @@ async function nameBase(dir: string, replace: Record<string, string>): Promise<v
   const lora = readJsonObject(`${opt.merge}/lora_adapters/adapter_config.json`);
   const named = String(lora.base_model_name_or_path);
   if (facts.base !== "" && named !== facts.base) {
-    await writeJson(`${dir}/adapter_config.json`, { ...lora, base_model_name_or_path: facts.base });
+    const renamed = { ...lora, base_model_name_or_path: facts.base };
+    await writeAtomic(`${dir}/adapter_config.json`, JSON.stringify(renamed, null, 2)); // PEFT ends without a newline
     replace["adapter_config.json"] = `${dir}/adapter_config.json`;
     console.log(`The adapter's base is called "${facts.base}" there (here it is "${named}")`);
   } else if (facts.base === "" && !opt.dryRun) {

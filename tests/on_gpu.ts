@@ -3,6 +3,7 @@
  * twice. Refuses a result that differs between two runs or writes past its end; without an adapter its tests are ignored.
  */
 import { assertEquals } from "@std/assert";
+import { fromFloat32, toFloat32 } from "../lib/data/dtype.ts";
 import { type Gpu, type LaneModel, openGpu } from "../lib/gpu/device.ts";
 import { type Command, createRows, type Rows } from "../lib/gpu/kernel.ts";
 import { run } from "../lib/gpu/program.ts";
@@ -77,27 +78,40 @@ function createBench(gpu: Gpu, made: GPUBuffer[]): Bench {
       return buffer;
     },
     async compute(commands, outputs) {
+      // Reading is waited for once, after both runs: a wait costs 10 ms.
       const once = async () => {
         for (const output of outputs) await upload(gpu, output, guarded(output.start));
         run(gpu, commands);
-        return await Promise.all(outputs.map(read));
+        return { results: Promise.all(outputs.map(read)) };
       };
-      const first = await once(), second = await once();
+      const runs = [await once(), await once()];
+      const [first, second] = await Promise.all(runs.map(({ results }) => results));
       outputs.forEach(({ name }, i) => {
-        const a = new Uint32Array(first[i]!.buffer), b = new Uint32Array(second[i]!.buffer);
+        const a = new Uint32Array(first![i]!.buffer), b = new Uint32Array(second![i]!.buffer);
         assertEquals(a.findIndex((word, at) => word !== b[at]), -1, `two runs give different bits in "${name}"`);
       });
-      return first;
+      return first!;
     },
   };
 }
 
-/** Registers a test once per lane model; REQUIRE_GPU=1 makes it fail, instead of being ignored, where there is no adapter. */
-export function gpuTest(name: string, body: (bench: Bench) => Promise<void>): void {
-  const spoken: Record<LaneModel, string> = { subgroup: "subgroups", shared: "workgroup memory" };
-  for (const lanes of ["subgroup", "shared"] as const) {
+/** What a float tensor of `dtype` holds when it is given `values`: its bytes, and the rounded values that they stand for. */
+export function stored(values: Float32Array, dtype: "f32" | "f16" | "bf16") {
+  const name = dtype.toUpperCase() as "F32" | "F16" | "BF16";
+  const bytes = fromFloat32(values, name);
+  return { bytes, values: toFloat32(bytes, name) };
+}
+
+const SPOKEN: Record<LaneModel, string> = { subgroup: " (subgroups)", shared: " (workgroup memory)" };
+
+/**
+ * Registers a test once per lane model, or once in all for kernels whose lanes share nothing. REQUIRE_GPU=1 makes it fail,
+ * instead of being ignored, where there is no adapter.
+ */
+export function gpuTest(name: string, body: (bench: Bench) => Promise<void>, { models = true } = {}): void {
+  for (const lanes of models ? ["subgroup", "shared"] as const : ["shared"] as const) {
     Deno.test({
-      name: `${name} (${spoken[lanes]})`,
+      name: models ? name + SPOKEN[lanes] : name,
       ignore: !found && Deno.env.get("REQUIRE_GPU") !== "1",
       async fn() {
         const gpu = await openGpu();

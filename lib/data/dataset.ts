@@ -1,7 +1,6 @@
 /**
  * Records to token ids and labels, packed rows on disk, and the order in which training visits them; after TRL's
- * SFTTrainer and the Trainer of transformers. Labels are unshifted as there; refuses nothing silently: what is cut is counted
- * by the caller from the lengths.
+ * SFTTrainer and the Trainer of transformers. Labels are unshifted as there. Refuses a file whose parts do not fit each other.
  */
 import type { Packing, Slice } from "./packing.ts";
 import { TorchGenerator } from "./random.ts";

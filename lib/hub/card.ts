@@ -26,7 +26,12 @@ export interface CardFacts {
   readonly parameters: number;
   /** Of the merged weights. */
   readonly dtype: string;
-  readonly lora: { readonly r: number; readonly lora_alpha: number; readonly target_modules: readonly string[] };
+  readonly lora: {
+    readonly r: number;
+    readonly lora_alpha: number;
+    readonly use_rslora?: boolean;
+    readonly target_modules: readonly string[];
+  };
   readonly dataset?: StageFacts | undefined;
   readonly training?: StageFacts | undefined;
   readonly evaluation?: StageFacts | undefined;
@@ -56,7 +61,9 @@ export function modelCard(facts: CardFacts): string {
     `A Llama-architecture language model with ${
       number(facts.parameters)
     } parameters that answers medical questions in English: ${of}, fine-tuned with\n` +
-    `LoRA (r = ${lora.r}, alpha = ${lora.lora_alpha}) and merged, W + (alpha / r) · B · A computed in float32 and stored as ${facts.dtype}.` +
+    `LoRA (r = ${lora.r}, alpha = ${lora.lora_alpha}) and merged, W + (alpha / ${
+      lora.use_rslora ? "√r" : "r"
+    }) · B · A computed in float32 and stored as ${facts.dtype}.` +
     (adapterRepo === "" ? "" : `\nThe adapter alone is in [${adapterRepo}](https://huggingface.co/${adapterRepo}).`),
     NOT_CLINICAL,
     promptSection(facts.prompt),

@@ -35,7 +35,13 @@ export function createFullGradients(
     groups.push({ name: param.name, param, grad, slots, ...options });
     return grad;
   };
-  const whole = (name: string, elements: number): ParameterSlot => ({ name, offset: 0, elements, columns: 1, stride: 1 });
+  const whole = (name: string, elements: number): ParameterSlot => ({
+    name,
+    offset: 0,
+    elements,
+    columns: elements,
+    stride: elements,
+  });
   const norm = (param: Tensor) => like(param, [whole(param.name, config.hidden_size)], { decay: false });
   const slices = (name: string, all: readonly VocabSlice[]): VocabSlice[] =>
     all.map(({ first, tensor }) => {
@@ -69,7 +75,9 @@ export function createFullGradients(
 
   const distinct = createRows(gpu, "distinct ids");
   const index = (name: string, size: number) => createTensor(gpu, { name, shape: [size], dtype: "u32" });
-  const ids = index("distinct_ids", tokens), order = index("token_order", tokens), starts = index("id_starts", tokens + 1);
+  const ids = index("distinct_ids", tokens),
+    order = index("token_order", tokens),
+    starts = index("id_starts", tokens + 1);
   return {
     layers,
     head: { norm: norm(weights.norm), head },

@@ -81,11 +81,15 @@ export function createHead(
       }));
       if (gradients) {
         const dhead = gradients.head[i]!.tensor;
-        commands.push(ops.matmul.tn({ rows, x: dlogits, w: { tensor: head.h }, out: { tensor: dhead }, m: n, n: C, plus: "out" }));
+        commands.push(
+          ops.matmul.tn({ rows, x: dlogits, w: { tensor: head.h }, out: { tensor: dhead }, m: n, n: C, plus: "out" }),
+        );
       }
     });
     if (gradients) {
-      commands.push(ops.norm.backwardWeight({ rows, x: head.x, rstd: head.rstd, dout: head.dh!, dweight: gradients.norm }));
+      commands.push(
+        ops.norm.backwardWeight({ rows, x: head.x, rstd: head.rstd, dout: head.dh!, dweight: gradients.norm }),
+      );
     }
     const norm = { rows, x: head.x, weight: weights.norm, rstd: head.rstd, dout: head.dh!, dx: head.dx! };
     commands.push(

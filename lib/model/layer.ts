@@ -35,7 +35,9 @@ export function decode(weights: LayerWeights): Command[] {
 }
 
 /** `y = mid + down(silu(gate) · up)`, `mid = x + o(attention(x))`. Without `y` only what backward needs is computed. */
-export function forward({ ops, rows, batch, weights, lora, a, x, y }: LayerStep & { y: Tensor | undefined }): Command[] {
+export function forward(
+  { ops, rows, batch, weights, lora, a, x, y }: LayerStep & { y: Tensor | undefined },
+): Command[] {
   const linear = (name: FusedName) => ({ ops, rows, linear: weights[name], lora: lora?.[name] ?? null, u: a.u[name] });
   return [
     ops.norm.forward({ rows, x, weight: weights.inputNorm, out: a.h1, rstd: a.rstd1 }),
@@ -94,8 +96,6 @@ export function backward(
     ops.rope.backward({ rows, positions: batch.positions, qkv: g.dqkv }),
     ...linearBackward({ ...linear("qkv"), x: a.h1, dout: g.dqkv, dx: last ? undefined : g.dh }),
     ...normWeight(x, a.rstd1, last ? undefined : d?.inputNorm),
-    ...(last
-      ? []
-      : [ops.norm.backward({ rows, x, weight: weights.inputNorm, rstd: a.rstd1, dout: g.dh, dx: g.dx })]),
+    ...(last ? [] : [ops.norm.backward({ rows, x, weight: weights.inputNorm, rstd: a.rstd1, dout: g.dh, dx: g.dx })]),
   ];
 }

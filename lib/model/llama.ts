@@ -5,13 +5,13 @@
 import { type Gpu, openGpu } from "../gpu/device.ts";
 import { type Command, createRows, type Rows } from "../gpu/kernel.ts";
 import { run } from "../gpu/program.ts";
-import { createTensor, downloadBytes, type Tensor } from "../gpu/tensor.ts";
+import { createTensor, download, downloadBytes, type Tensor } from "../gpu/tensor.ts";
 import { type Adapter, readAdapter } from "./adapter.ts";
 import { type ModelConfig, readConfig } from "./config.ts";
 import { createFullGradients, type FullGradients } from "./full.ts";
 import { createHead, type Head } from "./head.ts";
 import { backward, decode, forward } from "./layer.ts";
-import { createLora, type LayerLora } from "./lora.ts";
+import { createLora, type LayerLora, readSlots } from "./lora.ts";
 import { createOps, type Ops } from "./ops.ts";
 import type { ParameterGroup } from "./optimizer.ts";
 import { createPlan, headChunk, type Plan } from "./plan.ts";
@@ -39,7 +39,7 @@ export interface LlamaOptions {
   readonly resident?: boolean;
 }
 
-/** Sums that are remembered on the GPU before they have to be read: losses of updates, and one slot for evaluation. */
+/** Sums of losses that are remembered on the GPU before they have to be read. */
 export const RING = 64;
 
 /** A loaded model. */
@@ -63,7 +63,14 @@ export class Llama {
 
   private constructor(
     gpu: Gpu,
-    parts: { config: ModelConfig; ops: Ops; weights: Weights; lora: LayerLora[] | undefined; plan: Plan; full: FullGradients | undefined },
+    parts: {
+      config: ModelConfig;
+      ops: Ops;
+      weights: Weights;
+      lora: LayerLora[] | undefined;
+      plan: Plan;
+      full: FullGradients | undefined;
+    },
     checkpointing: "none" | "block",
   ) {
     const { config, ops, weights, lora, plan, full } = parts;
@@ -76,10 +83,18 @@ export class Llama {
     this.#full = full;
     this.groups = full?.groups ?? (plan.gradients && lora ? loraGroups(lora) : []);
     this.#rows = createRows(gpu, "tokens");
-    this.#sums = createTensor(gpu, { name: "nll_sums", shape: [RING + 1] });
+    this.#sums = createTensor(gpu, { name: "nll_sums", shape: [RING] });
     const usage = GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST;
     this.#scale = gpu.device.createBuffer({ label: "scale", size: 16, usage });
-    this.#head = createHead(gpu, { ops, config, weights, plan, scale: this.#scale, sums: this.#sums, gradients: full?.head });
+    this.#head = createHead(gpu, {
+      ops,
+      config,
+      weights,
+      plan,
+      scale: this.#scale,
+      sums: this.#sums,
+      gradients: full?.head,
+    });
     const rows = this.#rows, { batch } = plan;
     const step = (l: number) => ({
       ops,
@@ -119,7 +134,14 @@ export class Llama {
     const adapter = typeof options.adapter === "string" ? readAdapter(options.adapter, config) : options.adapter;
     const lora = adapter && await createLora(gpu, { config, ...adapter });
     const chunk = headChunk(gpu, { config, tokens });
-    const plan = createPlan(gpu, { config, tokens, checkpointing, training: train !== "none", lora: widest(lora), chunk });
+    const plan = createPlan(gpu, {
+      config,
+      tokens,
+      checkpointing,
+      training: train !== "none",
+      lora: widest(lora),
+      chunk,
+    });
     const full = train === "full" ? createFullGradients(gpu, { config, weights, tokens }) : undefined;
     return new Llama(gpu, { config, ops, weights, lora, plan, full }, checkpointing);
   }
@@ -128,12 +150,16 @@ export class Llama {
   #set({ inputIds, positionIds, targets }: MicroBatch, { items, slot }: { items: number; slot: number }): number {
     const { gpu, plan: { batch }, config } = this;
     const count = inputIds.length, most = batch.ids.shape[0]!;
-    if (count === 0 || count > most) throw new RangeError(`Cannot run a batch of ${count} tokens: 1 to ${most} are planned for`);
+    if (count === 0 || count > most) {
+      throw new RangeError(`Cannot run a batch of ${count} tokens: 1 to ${most} are planned for`);
+    }
     const ids = Uint32Array.from(inputIds), positions = Uint32Array.from(positionIds);
     const spans = documentSpans(positions);
     const rows: number[] = [], labels: number[] = [];
     for (let i = 0; i < count; i++) {
-      if (ids[i]! >= config.vocab_size) throw new RangeError(`Cannot embed token ${ids[i]}: the vocabulary has ${config.vocab_size}`);
+      if (ids[i]! >= config.vocab_size) {
+        throw new RangeError(`Cannot embed token ${ids[i]}: the vocabulary has ${config.vocab_size}`);
+      }
       if (positions[i]! >= config.max_position_embeddings) {
         throw new RangeError(`Cannot use position ${positions[i]}: the model has ${config.max_position_embeddings}`);
       }
@@ -156,9 +182,9 @@ export class Llama {
     return rows.length;
   }
 
-  /** Forward only: adds the batch's loss to the evaluation slot and returns how many tokens it counts. */
-  evaluate(batch: MicroBatch): number {
-    const labelled = this.#set(batch, { items: 1, slot: RING });
+  /** Forward only: adds the summed loss of the batch's tokens to `slot` and returns how many tokens it counts. */
+  evaluate(batch: MicroBatch, slot = 0): number {
+    const labelled = this.#set(batch, { items: 1, slot });
     run(this.gpu, [...this.#embed, ...this.#forward, ...this.#head.evaluate]);
     return labelled;
   }
@@ -176,30 +202,43 @@ export class Llama {
     return [...this.#embed, ...this.#forward, { clear: gradients.dx }, ...this.#head.train, ...this.#backward];
   }
 
+  /** Frees every buffer on the GPU; the model cannot be used afterwards. */
+  destroy(): void {
+    const { weights, lora, plan, groups } = this;
+    const all = [...weights.tensors, ...plan.rows.map(({ tensor }) => tensor), ...groups.map(({ grad }) => grad)];
+    for (const { params, grads } of lora ?? []) all.push(params, grads);
+    for (const { buffer } of all) buffer.destroy();
+    this.ops.rope.destroy();
+  }
+
   /** Zeroes all gradients, before the first micro-batch of an update. */
   zeroGradients(): void {
     run(this.gpu, this.groups.map(({ grad }) => ({ clear: grad })));
   }
 
-  /** Reads and clears the sum of evaluated losses. Waits for the GPU. */
-  async evaluated(): Promise<number> {
-    const sums = await this.losses();
-    return sums[RING]!;
-  }
-
-  /** Reads and clears all loss sums: one per slot, the evaluation's last. Waits for the GPU. */
+  /** Reads and clears all loss sums `[RING]`. Waits for the GPU. */
   async losses(): Promise<Float32Array> {
-    const sums = new Float32Array((await downloadBytes(this.gpu, this.#sums)).buffer);
+    const sums = await download(this.gpu, this.#sums);
     run(this.gpu, [{ clear: this.#sums }]);
     return sums;
+  }
+
+  /** Reads what learns, by tensor name: the adapter under PEFT's names, or every base weight under Hugging Face's. */
+  parameters(): Promise<Map<string, Float32Array<ArrayBuffer>>> {
+    return readSlots(this.gpu, this.groups.map(({ param, slots }) => ({ tensor: param, slots })));
   }
 
   /** Logits `[rows, vocab_size]` of the tokens at `rows` (all of them by default) of one document or packed row. */
   async logits(batch: Omit<MicroBatch, "targets">, at?: readonly number[]): Promise<Float32Array[]> {
     const wanted = new Set(at ?? Array.from(batch.inputIds, (_, i) => i));
     const { logits } = this.plan.head, [chunk, stride] = logits.shape as [number, number];
-    if (wanted.size > chunk) throw new RangeError(`Cannot read logits of ${wanted.size} tokens at once: ${chunk} are planned for`);
-    this.#set({ ...batch, targets: Array.from(batch.inputIds, (_, i) => wanted.has(i) ? 0 : -100) }, { items: 1, slot: RING });
+    if (wanted.size > chunk) {
+      throw new RangeError(`Cannot read logits of ${wanted.size} tokens at once: ${chunk} are planned for`);
+    }
+    this.#set({ ...batch, targets: Array.from(batch.inputIds, (_, i) => wanted.has(i) ? 0 : -100) }, {
+      items: 1,
+      slot: 0,
+    });
     run(this.gpu, [...this.#embed, ...this.#forward, ...this.#head.logits]);
     const bytes = await downloadBytes(this.gpu, logits, { bytes: wanted.size * stride * 4 });
     const all = new Float32Array(bytes.buffer);
@@ -207,8 +246,49 @@ export class Llama {
   }
 }
 
+/** Lowest and highest logit of the model in `dir` after `inputIds`, over all positions: 01's proof that it runs. */
+export async function logitsRange(dir: string, inputIds: readonly number[]): Promise<{ min: number; max: number }> {
+  let min = Infinity, max = -Infinity;
+  for (const row of await logitsOf({ model: dir }, inputIds)) {
+    for (const value of row) {
+      if (Number.isNaN(value)) throw new Error(`Cannot accept "${dir}": its logits are not numbers`);
+      min = Math.min(min, value);
+      max = Math.max(max, value);
+    }
+  }
+  return { min, max };
+}
+
+/** Whether the adapter leaves every logit of the model as it is, bit for bit. */
+export async function adapterIsNoop(model: string, adapter: string): Promise<boolean> {
+  const { vocab_size, max_position_embeddings } = readConfig(model);
+  const inputIds = Array.from(
+    { length: Math.min(16, max_position_embeddings) },
+    (_, i) => (i * 7919 + 11) % vocab_size,
+  );
+  const [base, adapted] = [await logitsOf({ model }, inputIds), await logitsOf({ model, adapter }, inputIds)];
+  return base.every((row, r) => row.every((value, v) => Object.is(value, adapted[r]![v])));
+}
+
+/** Logits of one document, from a model opened for it alone. */
+export async function logitsOf(
+  { model, adapter }: Pick<LlamaOptions, "model" | "adapter">,
+  inputIds: readonly number[],
+): Promise<Float32Array[]> {
+  const llama = await Llama.open({ model, adapter, tokens: inputIds.length });
+  const rows = await llama.logits({ inputIds, positionIds: inputIds.map((_, i) => i) });
+  llama.destroy();
+  return rows;
+}
+
 function loraGroups(lora: readonly LayerLora[]): ParameterGroup[] {
-  return lora.map(({ params, grads, slots }) => ({ name: params.name, param: params, grad: grads, slots, decay: true }));
+  return lora.map(({ params, grads, slots }) => ({
+    name: params.name,
+    param: params,
+    grad: grads,
+    slots,
+    decay: true,
+  }));
 }
 
 /** The layer with the most adapted columns: scratch is shared, and all layers are alike unless modules were left out. */

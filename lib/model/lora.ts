@@ -54,7 +54,11 @@ export async function createLora(
   for (let l = 0; l < config.num_hidden_layers; l++) {
     let end = 0;
     const slots: ParameterSlot[] = [];
-    const claim = (name: string, { rows, columns, stride }: { rows: number; columns: number; stride: number }, real: number) => {
+    const claim = (
+      name: string,
+      { rows, columns, stride }: { rows: number; columns: number; stride: number },
+      real: number,
+    ) => {
       slots.push({ name, offset: end, elements: real * columns, columns, stride });
       const offset = end;
       end += rows * stride;
@@ -84,7 +88,15 @@ export async function createLora(
     await upload(gpu, params, values);
     const linear = (name: FusedName): LoraLinear | null =>
       fused[name]!.columns === 0 ? null : { ...fused[name]!, r: lora.r, padded, scale, params, grads };
-    layers.push({ qkv: linear("qkv"), o: linear("o"), gateUp: linear("gateUp"), down: linear("down"), params, grads, slots });
+    layers.push({
+      qkv: linear("qkv"),
+      o: linear("o"),
+      gateUp: linear("gateUp"),
+      down: linear("down"),
+      params,
+      grads,
+      slots,
+    });
   }
   return layers;
 }
@@ -146,7 +158,14 @@ export interface LinearForward {
 export function linearForward(t: LinearForward): Command[] {
   const { ops, rows, linear, lora } = t;
   const commands = lowRankInput(t);
-  const product = { rows, x: { tensor: t.x }, w: { tensor: linear.weight }, out: { tensor: t.out }, n: linear.n, k: linear.k };
+  const product = {
+    rows,
+    x: { tensor: t.x },
+    w: { tensor: linear.weight },
+    out: { tensor: t.out },
+    n: linear.n,
+    k: linear.k,
+  };
   commands.push(ops.matmul.nt({ ...product, lora: lora ? segments(linear, lora, t.u!) : undefined, plus: t.plus }));
   return commands;
 }

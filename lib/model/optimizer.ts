@@ -6,7 +6,14 @@ import { dynamicMap } from "../data/blockwise8.ts";
 import type { Gpu } from "../gpu/device.ts";
 import type { Command } from "../gpu/kernel.ts";
 import { createTensor, downloadBytes, type Tensor, upload } from "../gpu/tensor.ts";
-import { type Convention, createAdamw, createBlocks, packStep, type ParameterSlot, type StepValues } from "../ops/adamw.ts";
+import {
+  type Convention,
+  createAdamw,
+  createBlocks,
+  packStep,
+  type ParameterSlot,
+  type StepValues,
+} from "../ops/adamw.ts";
 
 /** Tensors that lie in one buffer, and the buffer of their gradients. */
 export interface ParameterGroup {
@@ -114,7 +121,9 @@ export async function writeState(
     const bytes = state.get(name);
     if (!bytes || bytes.length !== tensor.bytes) {
       throw new Error(
-        `Cannot resume: the checkpoint holds ${bytes?.length ?? "no"} bytes of "${name}": ${tensor.bytes} are wanted: ` +
+        `Cannot resume: the checkpoint holds ${
+          bytes?.length ?? "no"
+        } bytes of "${name}": ${tensor.bytes} are wanted: ` +
           `use the settings that the run was started with`,
       );
     }

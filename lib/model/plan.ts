@@ -86,7 +86,9 @@ export interface Plan {
 export function createPlan(gpu: Gpu, options: PlanOptions): Plan {
   const { config, tokens: T, training, lora, chunk } = options;
   const C = config.hidden_size, F = config.intermediate_size, L = config.num_hidden_layers;
-  const H = config.num_attention_heads, Q = H * config.head_dim, W = Q + 2 * config.num_key_value_heads * config.head_dim;
+  const H = config.num_attention_heads,
+    Q = H * config.head_dim,
+    W = Q + 2 * config.num_key_value_heads * config.head_dim;
   const rows: { tensor: Tensor; kind: "batch" | "kept" | "scratch" }[] = [];
   const make = (kind: "batch" | "kept" | "scratch", name: string, shape: readonly number[], dtype: Storage = "f32") => {
     const tensor = createTensor(gpu, { name, shape, dtype });
@@ -126,7 +128,9 @@ export function createPlan(gpu: Gpu, options: PlanOptions): Plan {
   };
   // Without backward two residual buffers take turns.
   const x: Tensor[] = [];
-  for (let l = 0; l <= L; l++) x.push(training || l < 2 ? make(training ? "kept" : "scratch", `x.${l}`, [T, C]) : x[l - 2]!);
+  for (let l = 0; l <= L; l++) {
+    x.push(training || l < 2 ? make(training ? "kept" : "scratch", `x.${l}`, [T, C]) : x[l - 2]!);
+  }
   const keep = training && options.checkpointing === "none";
   const activations: Activations[] = [];
   for (let l = 0; l < L; l++) {

@@ -1,6 +1,6 @@
 /** Binding of embedding.wgsl: rows of a table by index, and back. */
 import type { Gpu } from "../gpu/device.ts";
-import { type Dispatch, fold, Kernel, type Rows } from "../gpu/kernel.ts";
+import { type Dispatch, fold, Kernel, laneCount, type Rows } from "../gpu/kernel.ts";
 import type { Tensor } from "../gpu/tensor.ts";
 import source from "../../kernels/embedding.wgsl" with { type: "text" };
 
@@ -34,7 +34,10 @@ export function createEmbedding(gpu: Gpu, { dim }: { dim: number }) {
       kernel.record("backward", {
         constants: { DIM: dim, FIRST: t.first ?? 0, COUNT: t.dtable.shape[0]! },
         bind: { rows: t.rows.buffer, ids: t.ids, order: t.order, starts: t.starts, x: t.x, dtable: t.dtable },
-        grid: () => fold(t.rows.count),
+        grid: () => {
+          const [x, y] = fold(t.rows.count) ?? [0, 0];
+          return [x, y, Math.ceil(dim / 4 / laneCount(gpu))];
+        },
       }),
   };
 }

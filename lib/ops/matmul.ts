@@ -1,11 +1,14 @@
 /**
- * Matrix products of the model. One kernel file per kind of device: register tiles with workgroup memory for GPUs,
+ * Matrix products of the model. Kernel families by kind of device: tiles in workgroup memory and a narrow form for GPUs,
  * subgroup shuffles for CPU drivers. Which products belong to a linear layer is not known here.
  */
 import type { Gpu } from "../gpu/device.ts";
 import { type Dispatch, Kernel, type Rows } from "../gpu/kernel.ts";
 import { createTensor, type Storage, type Tensor } from "../gpu/tensor.ts";
+import narrowSource from "../../kernels/matmul_narrow.wgsl" with { type: "text" };
+import operandsSource from "../../kernels/matmul_operands.wgsl" with { type: "text" };
 import subgroupSource from "../../kernels/matmul_subgroup.wgsl" with { type: "text" };
+import tiledSource from "../../kernels/matmul_tiled.wgsl" with { type: "text" };
 
 /** Columns `[offset, offset + …)` of rows that are `stride` elements apart; both default to the whole tensor. */
 export interface Operand {
@@ -62,10 +65,46 @@ export interface Matmul {
 
 const W_TYPE: Partial<Record<Storage, number>> = { f32: 0, f16: 1, bf16: 2 };
 
-/** Makes the products for this device. */
-export function createMatmul(gpu: Gpu): Matmul {
-  const kernel = new Kernel(gpu, "matmul_subgroup", subgroupSource);
-  const wide = 4 * gpu.subgroup, high = 32;
+/** One way to compute a product: a kernel file, its constants, and the rows and columns that a workgroup writes. */
+interface Form {
+  readonly kernel: Kernel;
+  readonly constants: Readonly<Record<string, number>>;
+  readonly high: number;
+  readonly wide: number;
+}
+
+/** Tile of the GPU kernels: `BM` rows by `BN` columns and `BK` inner steps at a time, or the narrow form's 16 by 16. */
+export type Tile = "narrow" | { readonly BM: number; readonly BN: number; readonly BK: number };
+
+/** Tiles of 128 by 128 that fill a large GPU; fewer leave processors idle. */
+const ENOUGH = 128;
+
+/** The tile for a result of at most `[rows, columns]` on a GPU. */
+export function chooseTile(rows: number, columns: number): Tile {
+  if (Math.min(rows, columns) <= 64) return "narrow";
+  if (tiles(rows, 128) * tiles(columns, 128) < ENOUGH) return { BM: 64, BN: 64, BK: 32 };
+  return { BM: 128, BN: 128, BK: 16 };
+}
+
+/** The forms for this device, by the size of the result. */
+function formsOf(gpu: Gpu, choose: typeof chooseTile): (rows: number, columns: number) => Form {
+  if (gpu.lanes === "subgroup") {
+    const kernel = new Kernel(gpu, "matmul_subgroup", subgroupSource);
+    const form = { kernel, constants: { LANES: gpu.subgroup }, high: 32, wide: 4 * gpu.subgroup };
+    return () => form;
+  }
+  const narrow = new Kernel(gpu, "matmul_narrow", `${narrowSource}\n${operandsSource}`);
+  const tiled = new Kernel(gpu, "matmul_tiled", `${tiledSource}\n${operandsSource}`);
+  return (rows, columns) => {
+    const tile = choose(rows, columns);
+    if (tile === "narrow") return { kernel: narrow, constants: {}, high: 16, wide: 16 };
+    return { kernel: tiled, constants: { ...tile }, high: tile.BM, wide: tile.BN };
+  };
+}
+
+/** Makes the products for this device; `choose` is asked for the tile where it is a GPU. */
+export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
+  const formOf = formsOf(gpu, choose);
   const nothing = createTensor(gpu, { name: "matmul.nothing", shape: [4] });
 
   const record = (entry: "nt" | "nn" | "tn", p: Product): Dispatch => {
@@ -75,11 +114,13 @@ export function createMatmul(gpu: Gpu): Matmul {
     const end0 = segments[0]?.columns ?? n, end1 = end0 + (segments[1]?.columns ?? n - end0);
     const stride = (o: Operand) => o.stride ?? o.tensor.shape.at(-1)!;
     const lane = (i: number) => segments[i] ?? { r: 0, x: 0, w: 0 };
+    // Rows may change from run to run, but never beyond what the result's tensor holds.
+    const { kernel, constants, high, wide } = formOf(entry === "tn" ? m : p.out.tensor.shape[0]!, n);
     const columns = entry === "nt"
       ? tiles(end0, wide) + tiles(end1 - end0, wide) + tiles(n - end1, wide)
       : tiles(n, wide);
     return kernel.record(entry, {
-      constants: { LANES: gpu.subgroup, W_TYPE: W_TYPE[p.w.tensor.dtype]! },
+      constants: { ...constants, W_TYPE: W_TYPE[p.w.tensor.dtype]! },
       bind: {
         rows: p.rows.buffer,
         x: p.x.tensor,
@@ -124,6 +165,10 @@ const tiles = (size: number, tile: number) => Math.ceil(size / tile);
 
 function check(entry: string, { x, w, out, n, k = 0, m = 0 }: Product): void {
   const name = `"${out.tensor.name}" = ${entry}("${x.tensor.name}", "${w.tensor.name}")`;
-  if (n % 4 || m % 4 || k % 8) throw new RangeError(`Cannot multiply ${name}: n ${n} and m ${m} must be multiples of 4, k ${k} of 8`);
-  if (W_TYPE[w.tensor.dtype] === undefined) throw new TypeError(`Cannot multiply ${name}: weights are ${w.tensor.dtype}`);
+  if (n % 4 || m % 4 || k % 8) {
+    throw new RangeError(`Cannot multiply ${name}: n ${n} and m ${m} must be multiples of 4, k ${k} of 8`);
+  }
+  if (W_TYPE[w.tensor.dtype] === undefined) {
+    throw new TypeError(`Cannot multiply ${name}: weights are ${w.tensor.dtype}`);
+  }
 }

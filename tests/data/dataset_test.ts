@@ -130,20 +130,15 @@ Deno.test("encodeRecord() learns every assistant turn of a conversation and noth
   const parts = documentParts(packed([{ ids, labels, aligned: true }], "none", 256), tokenizer);
   assertEquals(
     parts.map(({ learnt, text }) => learnt ? `[${text}]` : text).join(""),
-    [
-      "### User:\nWhy?\n\n### Assistant:\n[So.<|endoftext|>]\n\n### User:\nAnd then?\n\n### Assistant:\n[No.<|endoftext|>]",
-    ][0],
+    "### User:\nWhy?\n\n### Assistant:\n[So.<|endoftext|>]\n\n" +
+      "### User:\nAnd then?\n\n### Assistant:\n[No.<|endoftext|>]",
   );
 });
 
 Deno.test("encodeRecord() reports a prompt whose ids change when the completion follows", () => {
-  const word = [...tokenizer.encode("treatment")];
-  assertEquals(word.length < [..."treatment"].length, true); // else there would be no merge to change
-  assertEquals(encodeRecord({ prompt: "treat", completion: "ment" }, completion).aligned, true);
-  assertEquals(
-    encodeRecord({ prompt: "t", completion: "reatment" }, completion).aligned,
-    word[0] === tokenizer.encode("t")[0],
-  );
+  const aligned = (prompt: string, rest: string) => encodeRecord({ prompt, completion: rest }, completion).aligned;
+  assertEquals(aligned("p", "atient"), true); // "patient" is the tokens "p" and "atient"
+  assertEquals(aligned("pa", "tient"), false);
   assertThrows(() => encodeRecord({ text: "a" }, completion), TypeError, "use --loss all");
 });
 

@@ -1,0 +1,155 @@
+/**
+ * Training as updates: micro-batches accumulated into one step of the optimizer, losses and norms read back some updates
+ * later in one go. When to evaluate, save or stop is the script's business.
+ */
+import { run } from "../gpu/program.ts";
+import { download, upload } from "../gpu/tensor.ts";
+import { Llama, type LlamaOptions, type MicroBatch, RING } from "./llama.ts";
+import { createOptimizer, type Optimizer, type OptimizerKind, readState, writeState } from "./optimizer.ts";
+
+/** What does not change from update to update. */
+export interface Hyperparameters {
+  readonly optimizer: OptimizerKind;
+  readonly weightDecay: number;
+  readonly beta1: number;
+  readonly beta2: number;
+  readonly eps: number;
+  /** 0 leaves gradients alone. */
+  readonly maxGradNorm: number;
+}
+
+/** One update as it is logged; `loss` in nats per labelled token, `gradNorm` before clipping. */
+export interface UpdateResult {
+  readonly step: number;
+  readonly loss: number;
+  readonly gradNorm: number;
+  /** Labelled tokens that the loss averages over. */
+  readonly tokens: number;
+}
+
+/** Mean losses of an evaluation, in nats. */
+export interface EvaluationResult {
+  /** As the Hugging Face Trainer reports it: means of batches, weighted by their rows. */
+  readonly evalLoss: number;
+  /** Total over all labelled tokens, and their number: the corpus value is `exp(nllSum / tokens)`. */
+  readonly nllSum: number;
+  readonly tokens: number;
+}
+
+/** Labelled tokens of micro-batches. */
+export function labelledTokens(batches: readonly MicroBatch[]): number {
+  let count = 0;
+  for (const { targets } of batches) for (let i = 0; i < targets.length; i++) if (targets[i]! >= 0) count++;
+  return count;
+}
+
+/** A model in training. */
+export class Trainer {
+  readonly llama: Llama;
+  readonly optimizer: Optimizer;
+  readonly #hyper: Hyperparameters;
+  #pending: { step: number; tokens: number }[] = [];
+
+  private constructor(llama: Llama, optimizer: Optimizer, hyper: Hyperparameters) {
+    this.llama = llama;
+    this.optimizer = optimizer;
+    this.#hyper = hyper;
+  }
+
+  /** Opens the model for training and allocates the optimizer's state. */
+  static async open(options: LlamaOptions & { readonly hyper: Hyperparameters }): Promise<Trainer> {
+    const llama = await Llama.open(options);
+    const { gpu, groups } = llama;
+    const optimizer = await createOptimizer(gpu, { groups, kind: options.hyper.optimizer, ring: RING });
+    return new Trainer(llama, optimizer, options.hyper);
+  }
+
+  /** Updates whose results have not been read yet: `read` before there are `RING`. */
+  get pending(): number {
+    return this.#pending.length;
+  }
+
+  /** One update, number `step` from 1 on. Gradients are those of the mean loss over all labelled tokens of `batches`. */
+  update(batches: readonly MicroBatch[], { step, learningRate }: { step: number; learningRate: number }): void {
+    if (this.#pending.length === RING) throw new Error("Cannot update: losses of earlier updates must be read first");
+    const tokens = labelledTokens(batches), slot = this.#pending.length;
+    if (tokens === 0) throw new Error(`Cannot learn from update ${step}: none of its tokens has a label`);
+    this.llama.zeroGradients();
+    for (const batch of batches) this.llama.accumulate(batch, { items: tokens, slot });
+    this.optimizer.prepare({ ...this.#hyper, learningRate, step, slot });
+    run(this.llama.gpu, this.optimizer.commands);
+    this.#pending.push({ step, tokens });
+  }
+
+  /** Results of the updates since the last call. Throws where a loss is not a number. Waits for the GPU. */
+  async read(): Promise<UpdateResult[]> {
+    const sums = await this.llama.losses();
+    const norms = await download(this.llama.gpu, this.optimizer.norms);
+    const results = this.#pending.map(({ step, tokens }, slot) => ({
+      step,
+      tokens,
+      loss: sums[slot]! / tokens,
+      gradNorm: norms[slot]!,
+    }));
+    this.#pending = [];
+    const bad = results.find(({ loss, gradNorm }) => !Number.isFinite(loss) || !Number.isFinite(gradNorm));
+    if (bad) {
+      throw new Error(
+        `Cannot go on: the loss of update ${bad.step} is ${bad.loss} and its gradient norm ${bad.gradNorm}: ` +
+          `lower --learning-rate, or look at the rows that log.jsonl names`,
+      );
+    }
+    return results;
+  }
+
+  /** Loss over micro-batches without learning; `rows[i]` is how many dataset rows batch i holds. */
+  evaluate(batches: readonly MicroBatch[], rows: readonly number[]): Promise<EvaluationResult> {
+    if (this.#pending.length > 0) throw new Error("Cannot evaluate: losses of earlier updates must be read first");
+    return evaluate(this.llama, { batches, rows });
+  }
+
+  /** Moments of the optimizer, as stored. */
+  state(): Promise<Map<string, Uint8Array<ArrayBuffer>>> {
+    return readState(this.llama.gpu, this.optimizer);
+  }
+
+  /** Puts parameters and moments back, bit for bit. */
+  async restore(
+    { parameters, state }: {
+      parameters: ReadonlyMap<string, Uint8Array>;
+      state: ReadonlyMap<string, Uint8Array>;
+    },
+  ): Promise<void> {
+    const { gpu, groups } = this.llama;
+    for (const { name, param } of groups) {
+      const bytes = parameters.get(name);
+      if (bytes?.length !== param.bytes) {
+        throw new Error(
+          `Cannot resume: the checkpoint holds ${bytes?.length ?? "no"} bytes of "${name}": ${param.bytes} are wanted`,
+        );
+      }
+      await upload(gpu, param, bytes);
+    }
+    await writeState(gpu, { optimizer: this.optimizer, state });
+  }
+}
+
+/** Loss of a model over micro-batches. */
+export async function evaluate(
+  llama: Llama,
+  { batches, rows }: { batches: readonly MicroBatch[]; rows: readonly number[] },
+): Promise<EvaluationResult> {
+  let weighted = 0, allRows = 0, nllSum = 0, tokens = 0;
+  for (let first = 0; first < batches.length; first += RING) {
+    const group = batches.slice(first, first + RING);
+    const counts = group.map((batch, slot) => llama.evaluate(batch, slot));
+    const sums = await llama.losses();
+    counts.forEach((count, slot) => {
+      if (count > 0) weighted += sums[slot]! / count * rows[first + slot]!;
+      allRows += rows[first + slot]!;
+      nllSum += sums[slot]!;
+      tokens += count;
+    });
+  }
+  return { evalLoss: weighted / allRows, nllSum, tokens };
+}

@@ -1,0 +1,97 @@
+/**
+ * The log of a training run: one JSON object per line, appended as it happens, cut back to a checkpoint on resume, and at
+ * the end drawn as a page. It knows the names of the fields, not how they come about.
+ */
+import { writeAtomic, writeJson } from "./manifest.ts";
+import { lineChart, type Series, writeReport } from "./report.ts";
+
+/** One line: an update (`loss`, `grad_norm`, …) or an evaluation (`eval_loss`, …) after update `step`. */
+export type LogEntry = Readonly<Record<string, unknown>> & { readonly step: number };
+
+/** An open log. */
+export interface RunLog {
+  append(entry: LogEntry): void;
+  /** Size of the file: what a checkpoint remembers. */
+  bytes(): number;
+  /** Losses of the updates and of the evaluations, in order. */
+  losses(): { train: number[]; eval: number[] };
+  /** Writes `report.html`, `loss.svg` and `trainer_state.json` (Hugging Face's fields) into `dir`. */
+  writeReport(
+    dir: string,
+    about: { title: string; device: string; state: Readonly<Record<string, unknown>> },
+  ): Promise<void>;
+}
+
+/** Opens the log at `path` after its first `bytes` bytes; what stood behind them was not part of the checkpoint. */
+export async function openRunLog(path: string, bytes: number): Promise<RunLog> {
+  const file = await Deno.open(path, { write: true, create: true, read: true });
+  const { size } = await file.stat();
+  if (size < bytes) {
+    throw new Error(`Cannot resume: "${path}" has ${size} bytes: its checkpoint was made with ${bytes}`);
+  }
+  await file.truncate(bytes);
+  file.close();
+  const text = await Deno.readTextFile(path);
+  const entries: LogEntry[] = text.split("\n").filter((line) => line !== "").map((line) => JSON.parse(line));
+  const out = await Deno.open(path, { append: true });
+  let written = bytes;
+  const encoder = new TextEncoder();
+  const column = (name: string) =>
+    entries.filter((e) => typeof e[name] === "number").map((e) => [e.step, e[name] as number] as const);
+  return {
+    append(entry) {
+      const line = encoder.encode(JSON.stringify(entry) + "\n");
+      for (let done = 0; done < line.length;) done += out.writeSync(line.subarray(done));
+      written += line.length;
+      entries.push(entry);
+    },
+    bytes: () => written,
+    losses: () => ({ train: column("loss").map(([, v]) => v), eval: column("eval_loss").map(([, v]) => v) }),
+    async writeReport(dir, { title, device, state }) {
+      const series: Series[] = [
+        { name: "training", points: smooth(column("loss")) },
+        { name: "validation", points: column("eval_loss"), dashed: true },
+      ];
+      const charts = [
+        await lineChart({ title: "Loss", x: "update", y: "nats per token", series }),
+        await lineChart({
+          title: "Learning rate",
+          x: "update",
+          y: "",
+          series: [{ name: "rate", points: column("learning_rate") }],
+        }),
+        await lineChart({
+          title: "Gradient norm",
+          x: "update",
+          y: "",
+          series: [{ name: "norm", points: column("grad_norm") }],
+        }),
+      ];
+      await writeAtomic(`${dir}/loss.svg`, charts[0]!);
+      const evaluations = column("eval_loss").map(([step, loss]) => [step, loss.toFixed(4), Math.exp(loss).toFixed(2)]);
+      await writeReport(`${dir}/report.html`, {
+        title,
+        sections: [
+          {
+            heading: "Loss",
+            paragraphs: [`Trained on ${device}. The training line is a running mean.`],
+            charts: [charts[0]!],
+          },
+          { heading: "Validation", tables: [[["update", "loss", "exp(loss)"], ...evaluations]] },
+          { heading: "Schedule and gradients", charts: charts.slice(1) },
+        ],
+      });
+      await writeJson(`${dir}/trainer_state.json`, { ...state, log_history: entries });
+      out.close();
+    },
+  };
+}
+
+/** Running mean over about a fiftieth of the run, so that the trend is seen. */
+function smooth(points: readonly (readonly [number, number])[]): (readonly [number, number])[] {
+  const width = Math.max(1, Math.floor(points.length / 50));
+  return points.map(([x], i) => {
+    const near = points.slice(Math.max(0, i - width + 1), i + 1);
+    return [x, near.reduce((sum, [, y]) => sum + y, 0) / near.length] as const;
+  });
+}

@@ -1,0 +1,89 @@
+/**
+ * attention.wgsl against the CPU reference: packed documents of odd lengths, grouped heads, every head width.
+ */
+import { assertEquals, assertThrows } from "@std/assert";
+import { createAttention } from "../../lib/ops/attention.ts";
+import { assertClose, wave } from "../check.ts";
+import { type Bench, gpuTest } from "../on_gpu.ts";
+import { attention, attentionBackward } from "../reference.ts";
+
+const OUT = 1e-12, LSE = 1e-12, GRADIENT = 1e-11;
+
+/** Documents of a row of tokens; the sums are no multiple of the tile. */
+const PACKED = [1, 7, 33, 5, 64, 1, 1, 13];
+const SHAPES = [
+  { heads: 2, kvHeads: 2, headDim: 8, packings: [[1], [3], PACKED, [257]] },
+  { heads: 4, kvHeads: 2, headDim: 16, packings: [[1, 1], PACKED] },
+  { heads: 3, kvHeads: 1, headDim: 32, packings: [[5], PACKED] },
+  { heads: 2, kvHeads: 1, headDim: 64, packings: [PACKED] },
+  { heads: 1, kvHeads: 1, headDim: 128, packings: [PACKED] },
+];
+type Shape = typeof SHAPES[number];
+
+/** Columns `[begin, end)` of each row. */
+function columns(x: Float32Array, width: number, [begin, end]: readonly [number, number]): Float32Array {
+  return Float32Array.from({ length: x.length / width * (end - begin) }, (_, i) => {
+    const row = Math.floor(i / (end - begin));
+    return x[row * width + begin + i - row * (end - begin)]!;
+  });
+}
+
+async function prepare({ input, rows }: Bench, { heads, kvHeads, headDim }: Shape, documents: readonly number[]) {
+  const T = documents.reduce((a, b) => a + b), width = (heads + 2 * kvHeads) * headDim;
+  // q and k small enough that no row of the softmax is one-hot, v and dout with a mean.
+  const q = [0, heads * headDim] as const, k = [q[1], q[1] + kvHeads * headDim] as const, v = [k[1], width] as const;
+  const qkv = wave(T * width).map((x, i) => i % width < k[1] ? x * 1.5 / Math.sqrt(headDim) ** 0.5 : x);
+  const dout = wave(T * heads * headDim, 2);
+  const spans = new Uint32Array(2 * T), start = new Int32Array(T);
+  let first = 0;
+  for (const length of documents) {
+    for (let t = first; t < first + length; t++) {
+      start[t] = first;
+      spans.set([first, first + length], 2 * t);
+    }
+    first += length;
+  }
+  const of = { H: heads, KV: kvHeads, D: headDim, start };
+  const parts = { q: columns(qkv, width, q), k: columns(qkv, width, k), v: columns(qkv, width, v) };
+  const forward = attention(parts, of);
+  const t = { rows: rows(T), qkv: await input("qkv", qkv), spans: await input("spans", spans) };
+  const name = `[${documents}] ${heads}/${kvHeads} heads of ${headDim}`;
+  return { T, width, t, dout, forward, gradients: attentionBackward({ ...parts, ...forward, dout }, of), name, q, k, v };
+}
+
+gpuTest("attention.forward attends inside documents, causally", async (bench) => {
+  for (const shape of SHAPES) {
+    const { heads, headDim } = shape, op = createAttention(bench.gpu, shape);
+    for (const documents of shape.packings) {
+      const { t, T, forward, name } = await prepare(bench, shape, documents);
+      const out = bench.output("out", { shape: [T, heads * headDim] }), lse = bench.output("lse", { shape: [T, heads] });
+      const [o, l] = await bench.compute([op.forward({ ...t, out, lse })], [out, lse]);
+      assertClose(o!, forward.out, { nmse: OUT, name: `out ${name}` });
+      assertClose(l!, forward.lse, { nmse: LSE, name: `lse ${name}` });
+    }
+  }
+});
+
+gpuTest("attention.backward gives the gradients of q, k and v", async (bench) => {
+  for (const shape of SHAPES) {
+    const { heads, headDim } = shape, op = createAttention(bench.gpu, shape);
+    for (const documents of shape.packings) {
+      const { t, T, width, dout, forward, gradients, name, q, k, v } = await prepare(bench, shape, documents);
+      const given = {
+        out: await bench.input("out", Float32Array.from(forward.out)),
+        lse: await bench.input("lse", Float32Array.from(forward.lse)),
+        dout: await bench.input("dout", dout),
+      };
+      const delta = bench.output("delta", { shape: [T, heads] }), dqkv = bench.output("dqkv", { shape: [T, width] });
+      const [d, g] = await bench.compute(op.backward({ ...t, ...given, delta, dqkv }), [delta, dqkv]);
+      const expected = Float64Array.from({ length: T * heads }, (_, i) => {
+        const at = i * headDim;
+        return dout.subarray(at, at + headDim).reduce((sum, x, c) => sum + x * forward.out[at + c]!, 0);
+      });
+      assertClose(d!, expected, { nmse: GRADIENT, name: `delta ${name}` });
+      assertClose(columns(g!, width, q), gradients.dq, { nmse: GRADIENT, name: `dq ${name}` });
+      assertClose(columns(g!, width, k), gradients.dk, { nmse: GRADIENT, name: `dk ${name}` });
+      assertClose(columns(g!, width, v), gradients.dv, { nmse: GRADIENT, name: `dv ${name}` });
+    }
+  }
+});
