@@ -10,25 +10,17 @@
  * reads   artifacts/02_load  artifacts/03_dataset  artifacts/04_lora
  * writes  artifacts/05_train/adapter (or model)  checkpoints/  log.jsonl  trainer_state.json  report.html  manifest.json
  */
-import {
-  epochOrder,
-  gatherRows,
-  microBatches,
-  nextTokenTargets,
-  type PackedRows,
-  readRows,
-} from "../lib/data/dataset.ts";
-import { type Adapter, readAdapter } from "../lib/model/adapter.ts";
+import { evaluationBatches, mostTokens, trainingBatches, type UpdateBatches } from "../lib/data/batches.ts";
+import { readRows } from "../lib/data/dataset.ts";
+import { readAdapter } from "../lib/model/adapter.ts";
 import { listCheckpoints, loadCheckpoint, pruneCheckpoints, saveCheckpoint } from "../lib/model/checkpoint.ts";
 import { readJsonObject } from "../lib/model/config.ts";
-import type { MicroBatch } from "../lib/model/llama.ts";
-import { planBytes } from "../lib/model/plan.ts";
 import { copyFolder, saveTrained } from "../lib/model/save.ts";
 import { learningRate, plannedSteps, warmupSteps } from "../lib/model/schedule.ts";
-import { type EvaluationResult, Trainer } from "../lib/model/trainer.ts";
+import { Trainer } from "../lib/model/trainer.ts";
 import { byRecipe, choice, flags } from "../lib/run/flags.ts";
-import { beginStage, sha256File } from "../lib/run/manifest.ts";
-import { bytes, count, duration, percent, table } from "../lib/run/print.ts";
+import { beginStage, readManifest, sha256File } from "../lib/run/manifest.ts";
+import { bytes, count, duration, table } from "../lib/run/print.ts";
 import { openRunLog } from "../lib/run/run_log.ts";
 
 const opt = flags(import.meta, {
@@ -69,111 +61,74 @@ const opt = flags(import.meta, {
 // 1. What is trained on what.
 const { mode } = readJsonObject(`${opt.model}/load.json`) as { mode: "qlora" | "lora" | "full" };
 const reads = [opt.model, opt.dataset, ...(mode === "full" ? [] : [opt.adapter])];
+const finished = readManifest(opt.out) !== undefined; // its checkpoints are of a run that is over
 const stage = await beginStage("05_train", opt, { reads, reuse: true });
 const train = readRows(`${opt.dataset}/train.safetensors`);
 const validation = readRows(`${opt.dataset}/validation.safetensors`);
 const rows = train.rowOffsets.length - 1;
-const { batchesPerEpoch, stepsPerEpoch, totalSteps } = plannedSteps({
-  rows,
-  ...opt,
-  accumulation: opt.gradientAccumulation,
-});
+const accumulation = opt.gradientAccumulation;
+const { batchesPerEpoch, stepsPerEpoch, totalSteps } = plannedSteps({ rows, ...opt, accumulation });
 const warmup = warmupSteps(opt.warmupRatio, totalSteps);
-const evalBatchSize = opt.evalBatchSize > 0 ? opt.evalBatchSize : opt.batchSize;
-const tokens = Math.max(
-  ...[[train, opt.batchSize], [validation, evalBatchSize]].map(([r, n]) => mostTokens(r as PackedRows, n as number)),
-);
+const updateBatches = trainingBatches(train, { ...opt, accumulation });
+const evaluation = evaluationBatches(validation, opt.evalBatchSize > 0 ? opt.evalBatchSize : opt.batchSize);
+const tokens = Math.max(mostTokens(train, opt.batchSize), ...evaluation.batches.map(({ inputIds }) => inputIds.length));
 
 // 2. The model on the GPU, its memory as a table.
-const adapter: Adapter | undefined = mode === "full" ? undefined : readAdapter(opt.adapter);
 const began = performance.now();
+const adapter = mode === "full" ? undefined : readAdapter(opt.adapter);
 const trainer = await Trainer.open({ ...opt, adapter, tokens, train: mode === "full" ? "full" : "lora", hyper: opt });
-const { gpu, plan, weights, groups } = trainer.llama;
-const learnt = groups.flatMap(({ slots }) => slots).reduce((sum, { elements }) => sum + elements, 0);
-const size = (tensors: Iterable<{ bytes: number }>) => [...tensors].reduce((sum, t) => sum + t.bytes, 0);
-const memory = {
-  weights: size(weights.tensors),
-  "parameters and gradients": mode === "full"
-    ? size(groups.map(({ grad }) => grad))
-    : 2 * size(groups.map(({ grad }) => grad)),
-  "optimizer state": size(trainer.optimizer.state.values()),
-  "kept activations": planBytes(plan).kept,
-  "scratch and batch": planBytes(plan).scratch + planBytes(plan).batch,
-};
-const total = Object.values(memory).reduce((sum, n) => sum + n, 0);
+const { gpu } = trainer.llama;
+const trainable = trainer.trainable, memory = trainer.memory();
+const gpuBytes = Object.values(memory).reduce((sum, n) => sum + n, 0);
 console.log(`${gpu.name}\n`);
 console.log(table([
-  ["Mode", `${mode}, ${count(learnt)} parameters learn`],
-  [
-    "Rows",
-    `${count(rows)} of at most ${count(mostTokens(train, 1))} tokens, ${
-      count(validation.rowOffsets.length - 1)
-    } to validate`,
-  ],
-  [
-    "Update",
-    `${opt.batchSize} rows x ${opt.gradientAccumulation}, ${count(totalSteps)} updates, ${warmup} of them warm-up`,
-  ],
+  ["Mode", `${mode}, ${count(trainable)} parameters learn`],
+  ["Rows", `${count(rows)} of at most ${count(mostTokens(train, 1))} tokens`],
+  ["Updates", `${count(totalSteps)} of ${opt.batchSize} x ${accumulation} rows, ${warmup} of them warm-up`],
   ...Object.entries(memory).map(([name, n]) => [`GPU: ${name}`, bytes(n)]),
-  ["GPU: in all", bytes(total)],
+  ["GPU: in all", bytes(gpuBytes)],
 ]));
 
 // 3. Where an interrupted run left it.
 const checkpoints = `${opt.out}/checkpoints`;
-const settings = JSON.stringify({
-  ...Object.fromEntries(
-    Object.entries(opt).filter(([name]) =>
-      !["out", "force", "verbose", "help", "resume", "loggingSteps"].includes(name)
-    ),
-  ),
-  rows: sha256File(`${opt.dataset}/train.safetensors`),
-});
-if (opt.force || !opt.resume) await Deno.remove(checkpoints, { recursive: true }).catch(() => {});
+const { out: _out, force, verbose: _verbose, help: _help, resume, loggingSteps, ...fixed } = opt;
+const settings = JSON.stringify({ ...fixed, rows: sha256File(`${opt.dataset}/train.safetensors`) });
+if (force || !resume || finished) await Deno.remove(checkpoints, { recursive: true }).catch(() => {});
 const last = listCheckpoints(checkpoints).at(-1);
 let { step, logBytes, best } = last
   ? await loadCheckpoint(last.path, { trainer, settings })
   : { step: 0, logBytes: 0, best: null };
 const log = await openRunLog(`${opt.out}/log.jsonl`, logBytes);
-if (step > 0) console.log(`\nGoing on after update ${step} (${last!.path}).`);
+console.log(step > 0 ? `\nGoing on after update ${step} (${last!.path}).\n` : "");
 
-// 4. The loop: micro-batches of an update, the update, and now and then a look at the validation rows.
-const evaluation = evaluationBatches(validation);
-let shown = performance.now(), readAt = performance.now(), firstLoss: number | undefined, epochOf = -1;
-let updates: number[][][] = [];
-let baseLoss: number | undefined;
-console.log();
+// 4. The loop. Before it, the model as it came: its loss on the rows of the first update, and on the validation rows.
+const unread = new Map<number, UpdateBatches & { rate: number }>();
+const speed = { tokens: 0, ms: 0 };
+let shown = 0, readAt = performance.now();
+let firstLoss: number | undefined;
 if (step === 0) {
-  const first = updateBatches(1);
-  const { nllSum, tokens } = await trainer.evaluate(first.batches, first.rows.map((r) => r.length));
-  baseLoss = nllSum / tokens;
+  const { batches, rows } = updateBatches(1);
+  const { nllSum, tokens } = await trainer.evaluate(batches, rows.map((r) => r.length));
+  firstLoss = nllSum / tokens;
   await evaluate();
 }
-const pending = new Map<number, { rows: number[][]; epoch: number; rate: number; all: number }>();
-let timed = { updates: 0, tokens: 0, ms: 0 };
 while (step < totalSteps) {
-  const { batches, rows: which, epoch } = updateBatches(++step);
-  const rate = learningRate({
-    scheduler: opt.scheduler,
-    step,
-    totalSteps,
-    warmupSteps: warmup,
-    peak: opt.learningRate,
-  });
-  trainer.update(batches, { step, learningRate: rate });
-  pending.set(step, { rows: which, epoch, rate, all: batches.reduce((sum, { inputIds }) => sum + inputIds.length, 0) });
-  const due = (every: number) => every > 0 && step % every === 0 || step === totalSteps;
-  if (trainer.pending >= 16 || performance.now() - readAt > 1000 || due(opt.evalSteps) || due(opt.saveSteps)) {
-    await readResults();
+  const update = updateBatches(++step);
+  const rate = learningRate({ ...opt, step, totalSteps, warmupSteps: warmup, peak: opt.learningRate });
+  trainer.update(update.batches, { step, learningRate: rate });
+  unread.set(step, { ...update, rate });
+  const due = (every: number) => (every > 0 && step % every === 0) || step === totalSteps;
+  if (unread.size >= 16 || performance.now() - readAt > 1000 || due(opt.evalSteps) || due(opt.saveSteps)) {
+    await readLosses();
   }
   if (due(opt.evalSteps)) await evaluate();
   if (due(opt.saveSteps)) await save();
 }
 
-// 5. The result: the best adapter of the run, or the last.
-const kept = opt.loadBest && best && best.step < totalSteps ? `${checkpoints}/best` : undefined;
+// 5. The result: the best parameters of the run, or the last.
 const target = `${opt.out}/${mode === "full" ? "model" : "adapter"}`;
 await Deno.remove(target, { recursive: true }).catch(() => {});
-if (kept) await copyFolder(kept, target);
+if (opt.loadBest && best && best.step > 0) await copyFolder(`${checkpoints}/best`, target);
 else await saveTrained(trainer.llama, { dir: target, model: opt.model, lora: adapter?.lora });
 await log.writeReport(opt.out, {
   title: "Training",
@@ -183,8 +138,8 @@ await log.writeReport(opt.out, {
     best_global_step: best?.step ?? null,
     global_step: totalSteps,
     max_steps: totalSteps,
-    num_train_epochs: Math.ceil(totalSteps / stepsPerEpoch),
     epoch: totalSteps / stepsPerEpoch,
+    num_train_epochs: Math.ceil(totalSteps / stepsPerEpoch),
     eval_steps: opt.evalSteps,
     save_steps: opt.saveSteps,
     logging_steps: 1,
@@ -192,129 +147,97 @@ await log.writeReport(opt.out, {
   },
 });
 
-// 6. The proof: the first loss is the loss of the model as it came, and the log shows what became of it.
-const losses = log.losses();
-const rateOf = timed.ms > 0 ? 1000 * timed.tokens / timed.ms : 0;
-if (baseLoss !== undefined && Math.abs(firstLoss! - baseLoss) > 1e-5 * baseLoss) {
-  throw new Error(
-    `Cannot accept this run: update 1 had loss ${firstLoss}, but evaluated without learning it is ${baseLoss}`,
-  );
+// 6. The proof: the first update saw the model as it came, and the log shows what became of it.
+const { train: losses, eval: evalLosses } = log.losses();
+if (firstLoss !== undefined && Math.abs(losses[0]! - firstLoss) > 1e-5 * firstLoss) {
+  throw new Error(`Cannot accept this run: update 1 has loss ${losses[0]}, without learning it is ${firstLoss}`);
 }
+const tokensPerSecond = speed.ms > 0 ? 1000 * speed.tokens / speed.ms : 0;
+const change = (values: readonly number[]) => `${values[0]!.toFixed(4)} to ${values.at(-1)!.toFixed(4)}`;
+console.log(`\nLoss ${change(losses)}, validation ${change(evalLosses)}, the best after update ${best!.step}.`);
 console.log(
-  `\nLoss ${losses.train.at(0)?.toFixed(4)} → ${losses.train.at(-1)?.toFixed(4)}, validation ` +
-    `${losses.eval.at(0)?.toFixed(4)} → ${losses.eval.at(-1)?.toFixed(4)}; ${
-      kept ? `best at update ${best!.step}; ` : ""
-    }` +
-    `${count(rateOf)} tokens/s, ${duration(performance.now() - began)}. See ${opt.out}/report.html`,
+  `${count(tokensPerSecond)} tokens/s, ${duration(performance.now() - began)} in all: see ${opt.out}/report.html`,
 );
 await stage.done({
   device: gpu.name,
   numbers: {
     mode,
-    trainable: learnt,
+    trainable,
     rows,
     batches_per_epoch: batchesPerEpoch,
     steps: totalSteps,
     warmup_steps: warmup,
+    first_loss: losses[0],
+    last_loss: losses.at(-1),
+    first_eval_loss: evalLosses[0],
+    last_eval_loss: evalLosses.at(-1),
+    best_step: best!.step,
+    best_eval_loss: best!.evalLoss,
+    tokens_per_second: tokensPerSecond,
+    gpu_bytes: gpuBytes,
     memory,
-    gpu_bytes: total,
-    first_loss: losses.train.at(0),
-    last_loss: losses.train.at(-1),
-    first_eval_loss: losses.eval.at(0),
-    last_eval_loss: losses.eval.at(-1),
-    best_step: best?.step ?? null,
-    tokens_per_second: rateOf,
   },
 });
 
-/** Tokens of the largest micro-batch of `n` rows that there can be. */
-function mostTokens({ rowOffsets }: PackedRows, n: number): number {
-  const lengths = rowOffsets.slice(1).map((end, i) => end - rowOffsets[i]!).sort((a, b) => b - a);
-  return lengths.slice(0, n).reduce((sum, length) => sum + length, 0);
-}
-
-function micro(rows: PackedRows, which: readonly number[]): MicroBatch {
-  const gathered = gatherRows(rows, which);
-  return { ...gathered, targets: nextTokenTargets(gathered) };
-}
-
-/** The micro-batches of update `number`, from the order of its epoch. */
-function updateBatches(number: number): { batches: MicroBatch[]; rows: number[][]; epoch: number } {
-  const epoch = Math.floor((number - 1) / stepsPerEpoch), within = (number - 1) % stepsPerEpoch;
-  if (epochOf !== epoch) {
-    updates = microBatches(epochOrder(rows, opt.seed, epoch), {
-      batchSize: opt.batchSize,
-      accumulation: opt.gradientAccumulation,
-    });
-    epochOf = epoch;
-  }
-  const which = updates[within]!;
-  const done = within * opt.gradientAccumulation + which.length;
-  return { batches: which.map((r) => micro(train, r)), rows: which, epoch: epoch + done / batchesPerEpoch };
-}
-
-function evaluationBatches(all: PackedRows): { batches: MicroBatch[]; rows: number[] } {
-  const order = Array.from({ length: all.rowOffsets.length - 1 }, (_, r) => r);
-  const which = microBatches(order, { batchSize: evalBatchSize, accumulation: 1 }).map(([r]) => r!);
-  return { batches: which.map((r) => micro(all, r)), rows: which.map((r) => r.length) };
-}
-
-/** Reads the losses of the updates since the last time, logs each, and shows one now and then. */
-async function readResults(): Promise<void> {
+/** Reads the losses of the updates since the last time, logs each of them, and shows one now and then. */
+async function readLosses(): Promise<void> {
   const results = await trainer.read();
   const now = performance.now(), ms = (now - readAt) / Math.max(1, results.length);
   readAt = now;
   for (const { step: number, loss, gradNorm, tokens } of results) {
-    const { rows, epoch, rate, all } = pending.get(number)!;
-    pending.delete(number);
-    firstLoss ??= loss;
+    const update = unread.get(number)!;
+    unread.delete(number);
+    const { rate, epoch, rows } = update;
     log.append({ step: number, epoch, loss, grad_norm: gradNorm, learning_rate: rate, tokens, rows, ms });
-    // The first read has the compilation of pipelines in it.
-    if (number > 1) timed = { updates: timed.updates + 1, tokens: timed.tokens + all, ms: timed.ms + ms };
-    const due = number === 1 || number === totalSteps || number % opt.loggingSteps === 0 || now - shown > 10_000;
-    if (!due) continue;
+    // The first update waits for the driver to compile.
+    if (number > 1) {
+      speed.tokens += update.tokens;
+      speed.ms += ms;
+    }
+    if (number > 1 && number < totalSteps && number % loggingSteps > 0 && now - shown < 10_000) continue;
     shown = now;
-    console.log([
-      `step ${String(number).padStart(String(totalSteps).length)}/${totalSteps}`,
+    show(number, [
       `loss ${loss.toFixed(4)}`,
       `norm ${gradNorm.toFixed(3)}`,
       `lr ${rate.toExponential(2)}`,
       duration(ms).padStart(7),
-      `${count(1000 * all / ms).padStart(7)} tok/s`,
+      `${count(1000 * update.tokens / ms).padStart(6)} tok/s`,
       `${duration(ms * (totalSteps - number))} left`,
-    ].join(" | "));
+    ]);
   }
 }
 
 async function evaluate(): Promise<void> {
-  const result: EvaluationResult = await trainer.evaluate(evaluation.batches, evaluation.rows);
-  const { evalLoss, nllSum, tokens } = result;
-  log.append({ step, eval_loss: evalLoss, eval_perplexity: Math.exp(nllSum / tokens) });
+  const { evalLoss, nllSum, tokens } = await trainer.evaluate(evaluation.batches, evaluation.rows);
+  const perplexity = Math.exp(nllSum / tokens);
+  log.append({ step, eval_loss: evalLoss, eval_perplexity: perplexity });
   const improved = best === null || evalLoss < best.evalLoss;
-  console.log(
-    `step ${String(step).padStart(String(totalSteps).length)}/${totalSteps} | eval_loss ${evalLoss.toFixed(4)} | ` +
-      `perplexity ${Math.exp(nllSum / tokens).toFixed(2)}${improved && step > 0 ? " | best so far" : ""}`,
-  );
-  readAt = shown = performance.now();
-  if (!improved) return;
-  best = { step, evalLoss };
-  if (opt.loadBest && step > 0) {
+  show(step, [
+    `eval_loss ${evalLoss.toFixed(4)}`,
+    `perplexity ${perplexity.toFixed(2)}`,
+    improved ? "the lowest so far" : "",
+  ]);
+  if (improved) best = { step, evalLoss };
+  if (improved && opt.loadBest && step > 0) {
     const partial = `${checkpoints}/best.partial`;
     await saveTrained(trainer.llama, { dir: partial, model: opt.model, lora: adapter?.lora });
     await Deno.remove(`${checkpoints}/best`, { recursive: true }).catch(() => {});
     await Deno.rename(partial, `${checkpoints}/best`);
   }
+  readAt = performance.now();
 }
 
 async function save(): Promise<void> {
   const run = { step, logBytes: log.bytes(), best, settings };
-  const also = (dir: string) =>
-    saveTrained(trainer.llama, { dir: `${dir}/adapter`, model: opt.model, lora: adapter?.lora });
-  await saveCheckpoint(`${checkpoints}/step-${step}`, {
-    trainer,
-    run,
-    also: mode === "full" ? () => Promise.resolve() : also,
-  });
+  const also = async (dir: string) => {
+    if (adapter) await saveTrained(trainer.llama, { dir: `${dir}/adapter`, model: opt.model, lora: adapter.lora });
+  };
+  await saveCheckpoint(`${checkpoints}/step-${step}`, { trainer, run, also });
   await pruneCheckpoints(checkpoints, { limit: opt.saveTotalLimit });
   readAt = performance.now();
+}
+
+function show(number: number, fields: readonly string[]): void {
+  const at = `step ${String(number).padStart(String(totalSteps).length)}/${totalSteps}`;
+  console.log([at, ...fields.filter((field) => field !== "")].join(" | "));
 }

@@ -24,8 +24,8 @@ export interface MergeOptions {
   readonly out: string;
   /** Of every tensor that is written. */
   readonly dtype: ModelConfig["dtype"];
-  /** Called after each tensor. */
-  readonly onTensor?: (done: number, total: number) => void;
+  /** Called after each tensor with how many are done. */
+  readonly onTensor?: (done: number) => void;
 }
 
 /** What was written: `adapted` of the `tensors` are changed by the adapter, `bytes` is the size of them all. */
@@ -83,7 +83,7 @@ export async function mergeModel({ model, adapter, out, dtype, onTensor }: Merge
         const bytes = dtype === "float32"
           ? new Uint8Array(buffer, byteOffset, byteLength)
           : fromFloat32(weight, STORED[dtype].name);
-        onTensor?.(++done, parameters.length);
+        onTensor?.(++done);
         return bytes;
       },
     })),

@@ -5,6 +5,7 @@
 import { run } from "../gpu/program.ts";
 import { download, upload } from "../gpu/tensor.ts";
 import { Llama, type LlamaOptions, type MicroBatch, RING } from "./llama.ts";
+import { planBytes } from "./plan.ts";
 import { createOptimizer, type Optimizer, type OptimizerKind, readState, writeState } from "./optimizer.ts";
 
 /** What does not change from update to update. */
@@ -62,6 +63,26 @@ export class Trainer {
     const { gpu, groups } = llama;
     const optimizer = await createOptimizer(gpu, { groups, kind: options.hyper.optimizer, ring: RING });
     return new Trainer(llama, optimizer, options.hyper);
+  }
+
+  /** Parameters that learn. */
+  get trainable(): number {
+    return this.llama.groups.flatMap(({ slots }) => slots).reduce((sum, { elements }) => sum + elements, 0);
+  }
+
+  /** Bytes on the GPU by what they are for. */
+  memory(): Record<string, number> {
+    const { weights, lora, groups, plan } = this.llama;
+    const size = (tensors: Iterable<{ readonly bytes: number }>) => [...tensors].reduce((sum, t) => sum + t.bytes, 0);
+    const { kept, scratch, batch } = planBytes(plan);
+    return {
+      weights: size(weights.tensors),
+      adapter: size((lora ?? []).map(({ params }) => params)),
+      gradients: size(groups.map(({ grad }) => grad)),
+      "optimizer state": size(this.optimizer.state.values()),
+      "kept activations": kept,
+      "scratch and batch": scratch + batch,
+    };
   }
 
   /** Updates whose results have not been read yet: `read` before there are `RING`. */

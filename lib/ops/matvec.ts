@@ -11,29 +11,30 @@ import source from "../../kernels/matvec.wgsl" with { type: "text" };
 
 const W_TYPE: Partial<Record<Storage, number>> = { f32: 0, f16: 1, bf16: 2 };
 
-/** Rows that a weight is read once for, for `count` rows in all: 1, 2, 4 or 8. */
-export function rowBlock(count: number): number {
-  return count > 4 ? 8 : count > 2 ? 4 : count;
+/** Rows that should share each weight where there are `count` of them: a power of two up to what the device holds. */
+export function rowBlock(gpu: Gpu, count: number): number {
+  return Math.min(gpu.lanes === "subgroup" ? 16 : 8, 2 ** Math.ceil(Math.log2(count)));
 }
 
-/** Makes the product; `block` rows at a time (1, 2, 4 or 8) share each weight that is read. */
+/** Makes the product; `block` rows (see `rowBlock`) share each weight that is read. */
 export function createMatvec(gpu: Gpu, { block }: { block: number }) {
   const kernel = new Kernel(gpu, "matvec", `${source}\n${operandsSource}`);
   const nothing = createTensor(gpu, { name: "matvec.nothing", shape: [4] });
   const lanes = laneCount(gpu), group = Math.min(32, lanes);
-  const shared: Record<string, number> = gpu.lanes === "shared" ? { LANE_SLOTS: block } : {};
-  const wide = 4 * lanes / group;
+  // A load costs a CPU driver as much as many multiplications; on a GPU fewer columns keep more threads busy.
+  const columns = gpu.lanes === "subgroup" ? 8 : 4, wide = columns * lanes / group;
+  const slots: Record<string, number> = gpu.lanes === "shared" ? { LANE_SLOTS: block * columns / 4 } : {};
   return {
     /** `out[rows, n] = scale · x[rows, k] · w[n, k]ᵀ`, with low-rank segments. */
     nt(p: Product): Dispatch {
       const { n, k = 0, lora } = p;
-      check(p);
+      check(p, columns);
       const segments = lora?.segments ?? [];
       const end0 = segments[0]?.columns ?? n, end1 = end0 + (segments[1]?.columns ?? n - end0);
       const stride = (o: Operand) => o.stride ?? o.tensor.shape.at(-1)!;
       const segment = (i: number) => segments[i] ?? { r: 0, x: 0, w: 0 };
       return kernel.record("nt", {
-        constants: { LANES: lanes, GROUP: group, ROWS: block, W_TYPE: W_TYPE[p.w.tensor.dtype]!, ...shared },
+        constants: { GROUP: group, ROWS: block, COLUMNS: columns, W_TYPE: W_TYPE[p.w.tensor.dtype]!, ...slots },
         bind: {
           rows: p.rows.buffer,
           x: p.x.tensor,
@@ -76,9 +77,13 @@ export function createMatvec(gpu: Gpu, { block }: { block: number }) {
   };
 }
 
-function check({ x, w, out, n, k = 0 }: Product): void {
+function check({ x, w, out, n, k = 0, lora }: Product, columns: number): void {
   const name = `"${out.tensor.name}" = matvec("${x.tensor.name}", "${w.tensor.name}")`;
-  if (n % 4 || k % 8) throw new RangeError(`Cannot multiply ${name}: n ${n} must be a multiple of 4, k ${k} of 8`);
+  if ([n, ...lora?.segments.map((s) => s.columns) ?? []].some((size) => size % columns) || k % 8) {
+    throw new RangeError(
+      `Cannot multiply ${name}: n ${n} and its segments must be multiples of ${columns}, k ${k} of 8`,
+    );
+  }
   if (W_TYPE[w.tensor.dtype] === undefined) {
     throw new TypeError(`Cannot multiply ${name}: weights are ${w.tensor.dtype}`);
   }

@@ -1,0 +1,64 @@
+/**
+ * Micro-batches of a run: which rows form each update, in the Hugging Face Trainer's order, and rows gathered side by side
+ * with the token that each position predicts. Nothing is padded and nothing is remembered: update n is a function of n.
+ */
+import { epochOrder, gatherRows, microBatches, nextTokenTargets, type PackedRows } from "./dataset.ts";
+
+/** Rows side by side; `targets[i]` is the token that token i has to predict, or −100. */
+export interface Batch {
+  readonly inputIds: Int32Array;
+  readonly positionIds: Int32Array;
+  readonly targets: Int32Array;
+}
+
+/** The micro-batches of one update. */
+export interface UpdateBatches {
+  readonly batches: readonly Batch[];
+  /** Dataset rows of each micro-batch, in order. */
+  readonly rows: readonly (readonly number[])[];
+  /** Epochs done after this update. */
+  readonly epoch: number;
+  /** Tokens of all micro-batches, learnt or not. */
+  readonly tokens: number;
+}
+
+/** Rows `which`, side by side. */
+export function batchOf(rows: PackedRows, which: readonly number[]): Batch {
+  const gathered = gatherRows(rows, which);
+  return { ...gathered, targets: nextTokenTargets(gathered) };
+}
+
+/** Gives the micro-batches of update `number`, from 1 on. */
+export function trainingBatches(
+  rows: PackedRows,
+  { batchSize, accumulation, seed }: { batchSize: number; accumulation: number; seed: number },
+): (number: number) => UpdateBatches {
+  const count = rows.rowOffsets.length - 1;
+  const batchesPerEpoch = Math.ceil(count / batchSize), perEpoch = Math.ceil(batchesPerEpoch / accumulation);
+  let ordered = -1, updates: number[][][] = [];
+  return (number) => {
+    const epoch = Math.floor((number - 1) / perEpoch), within = (number - 1) % perEpoch;
+    if (ordered !== epoch) {
+      updates = microBatches(epochOrder(count, seed, epoch), { batchSize, accumulation });
+      ordered = epoch;
+    }
+    const which = updates[within]!;
+    const batches = which.map((r) => batchOf(rows, r));
+    const done = within * accumulation + which.length;
+    const tokens = batches.reduce((sum, { inputIds }) => sum + inputIds.length, 0);
+    return { batches, rows: which, epoch: epoch + done / batchesPerEpoch, tokens };
+  };
+}
+
+/** All rows in order, `batchSize` at a time; `rows[i]` is how many batch i holds. */
+export function evaluationBatches(rows: PackedRows, batchSize: number): { batches: Batch[]; rows: number[] } {
+  const order = Array.from({ length: rows.rowOffsets.length - 1 }, (_, r) => r);
+  const which = microBatches(order, { batchSize, accumulation: 1 }).map(([r]) => r!);
+  return { batches: which.map((r) => batchOf(rows, r)), rows: which.map((r) => r.length) };
+}
+
+/** Tokens of the largest micro-batch of `batchSize` rows that there can be. */
+export function mostTokens({ rowOffsets }: PackedRows, batchSize: number): number {
+  const lengths = rowOffsets.slice(1).map((end, i) => end - rowOffsets[i]!).sort((a, b) => b - a);
+  return lengths.slice(0, batchSize).reduce((sum, length) => sum + length, 0);
+}
