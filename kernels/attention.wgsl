@@ -16,6 +16,8 @@
 //
 // A lane owns one row. Tiles of LANES other rows are loaded by the lanes together and read by all of them, one after the
 // other; tiles outside the document are never visited. Sums run in a fixed order: the same bits every time.
+// LANES is a multiple of 8. The loops over a tile are unrolled for subgroups, whose shuffles want literal lanes, and not for
+// the longer tiles in workgroup memory.
 
 override LANES: u32;
 override HEADS: u32;
@@ -67,34 +69,38 @@ fn forward(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index)
       lanes_keep(D4 + d, qkv[key + KV_HEADS * D4 + d], lane);
     }
     lanes_end();
-    var s: array<f32, 64>;
-    var best = top;
-    // unroll
-    for (var j = 0u; j < LANES; j++) {
-      var products = vec4f(0.0);
+    // unroll up to 2: keys by eights, so that their scores stay in registers
+    for (var j8 = 0u; j8 < LANES / 8u; j8++) {
+      var s: array<f32, 8>;
+      var best = top;
+      // unroll
+      for (var j = 0u; j < 8u; j++) {
+        var products = vec4f(0.0);
+        // unroll
+        for (var d = 0u; d < D4; d++) {
+          products = fma(q[d], lanes_fetch(d, j8 * 8u + j), products);
+        }
+        let at = j0 + j8 * 8u + j;
+        s[j] = select(LOWEST, total(products), start <= at && at <= row);
+        best = max(best, s[j]);
+      }
+      let keep = exp(top - best);
+      sum *= keep;
       // unroll
       for (var d = 0u; d < D4; d++) {
-        products = fma(q[d], lanes_fetch(d, j), products);
+        o[d] *= keep;
       }
-      s[j] = select(LOWEST, total(products), start <= j0 + j && j0 + j <= row);
-      best = max(best, s[j]);
-    }
-    let keep = exp(top - best);
-    sum *= keep;
-    // unroll
-    for (var d = 0u; d < D4; d++) {
-      o[d] *= keep;
-    }
-    // unroll
-    for (var j = 0u; j < LANES; j++) {
-      let p = select(0.0, exp(s[j] - best), s[j] > LOWEST);
-      sum += p;
       // unroll
-      for (var d = 0u; d < D4; d++) {
-        o[d] = fma(vec4f(p), lanes_fetch(D4 + d, j), o[d]);
+      for (var j = 0u; j < 8u; j++) {
+        let p = select(0.0, exp(s[j] - best), s[j] > LOWEST);
+        sum += p;
+        // unroll
+        for (var d = 0u; d < D4; d++) {
+          o[d] = fma(vec4f(p), lanes_fetch(D4 + d, j8 * 8u + j), o[d]);
+        }
       }
+      top = best;
     }
-    top = best;
   }
   if (row < count) {
     // unroll
@@ -149,7 +155,7 @@ fn backward_q(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_ind
       lanes_keep(D4 + d, qkv[key + KV_HEADS * D4 + d], lane);
     }
     lanes_end();
-    // unroll
+    // unroll up to 16
     for (var j = 0u; j < LANES; j++) {
       var scores = vec4f(0.0);
       var dp = vec4f(0.0);
@@ -206,7 +212,7 @@ fn backward_kv(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_in
       }
       lanes_keep(2u * D4, vec4f(lse[query * HEADS + head], delta[query * HEADS + head], 0.0, 0.0), lane);
       lanes_end();
-      // unroll
+      // unroll up to 16
       for (var i = 0u; i < LANES; i++) {
         var scores = vec4f(0.0);
         var dp = vec4f(0.0);

@@ -42,11 +42,11 @@ fn store(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) l
   if (row >= rows.x || slots[row] == NOWHERE) {
     return;
   }
-  let from = (row * (HEADS + 2u * KV_HEADS) + HEADS) * D4;
-  let to = slots[row] * KV_HEADS * D4 * CONTEXT + positions[row];
+  let source = (row * (HEADS + 2u * KV_HEADS) + HEADS) * D4;
+  let place = slots[row] * KV_HEADS * D4 * CONTEXT + positions[row];
   for (var d = lane; d < KV_HEADS * D4; d += LANES) {
-    keys[to + d * CONTEXT] = qkv[from + d];
-    values[to + d * CONTEXT] = qkv[from + KV_HEADS * D4 + d];
+    keys[place + d * CONTEXT] = qkv[source + d];
+    values[place + d * CONTEXT] = qkv[source + KV_HEADS * D4 + d];
   }
 }
 

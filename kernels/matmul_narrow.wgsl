@@ -164,7 +164,7 @@ fn tn(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) thre
     // unroll
     for (var q = 0u; q < 8u; q++) {
       let row = min(step + q, count - 1u);
-      a[q] = select(vec4f(), x[x_column + row * stride], true);
+      a[q] = select(vec4f(), x[x_column + row * stride], step + q < count);
       b[q] = widen4(raw4(w_column + row * dims.w_stride), true);
     }
     // unroll

@@ -18,6 +18,7 @@
 override BM: u32 = 128u;
 override BN: u32 = 128u;
 override BK: u32 = 16u;
+override BAND: u32 = 8u; // row tiles that run before the next column of tiles
 // Named, because naga 29 panics on an array size that is an expression.
 override X_SLABS: u32 = BM * BK / 512u;
 override W_SLABS: u32 = BN * BK / 512u;
@@ -25,14 +26,14 @@ override W_SLABS: u32 = BN * BK / 512u;
 var<workgroup> x_tile: array<array<array<vec4f, 16>, 8>, X_SLABS>;
 var<workgroup> w_tile: array<array<array<vec4f, 16>, 8>, W_SLABS>;
 
-/// Column and row of the workgroup's tile. Tiles run down 8 rows before the next column, so that those in flight share w
-/// in the cache as well as x.
+/// Column and row of the workgroup's tile. Tiles run down a band of rows before the next column, so that those in flight
+/// share w in the cache as well as x.
 fn place(group: vec3u, groups: vec3u) -> vec2u {
   let index = group.y * groups.x + group.x;
-  let band = index / (8u * groups.x);
-  let rest = index - band * 8u * groups.x;
-  let high = min(8u, groups.y - band * 8u);
-  return vec2u(rest / high, band * 8u + rest % high);
+  let band = index / (BAND * groups.x);
+  let rest = index - band * BAND * groups.x;
+  let high = min(BAND, groups.y - band * BAND);
+  return vec2u(rest / high, band * BAND + rest % high);
 }
 
 /// Quads of columns and rows that a thread sums. 32 neighbours cover 8 by 4 quads: few addresses per read of a tile.

@@ -96,6 +96,9 @@ console.log(
     `largest difference ${show(difference)}, ${show(difference / largest)} of the largest logit ` +
     `(allowed in ${opt.dtype}: ${bound}); the adapter itself moves them by up to ${show(effect)}`,
 );
+if (difference > effect / 2) {
+  console.log(`note: rounding to ${opt.dtype} costs much of what the adapter does: --dtype float32 keeps it`);
+}
 await stage.done({
   numbers: {
     max_logit_difference: difference,

@@ -50,6 +50,7 @@ export interface Bound {
  */
 export function assertClose(actual: ArrayLike<number>, expected: ArrayLike<number>, bound: Bound): void {
   const { name } = bound;
+  console.log("ERR", name, nmse(actual, expected), maxRelative(actual, expected));
   if (bound.nmse === undefined && bound.max === undefined) throw new TypeError(`${name}: no bound is given`);
   if (actual.length !== expected.length) {
     throw new Error(`${name}: ${actual.length} values, expected ${expected.length}`);
@@ -103,7 +104,12 @@ export function goldenPath(path: string): string {
 
 /** Reads a safetensors file under fixtures/golden, e.g. `golden("tiny/lora.safetensors").f32("plain.loss")[0]`. */
 export function golden(path: string): Golden {
-  using source = openSafetensors(goldenPath(path));
+  return readTensors(goldenPath(path));
+}
+
+/** The same for any safetensors file. */
+export function readTensors(path: string): Golden {
+  using source = openSafetensors(path);
   const kinds = { F32: "float", F16: "float", BF16: "float", I32: "I32", U8: "U8" } as Record<string, string>;
   const bytes = new Map<string, Uint8Array<ArrayBuffer>>();
   const infos = new Map(source.tensors);

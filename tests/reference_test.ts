@@ -194,10 +194,10 @@ function replay(
 
 Deno.test("adamw() gives torch's parameters and moments after twelve steps", () => {
   const file = golden("tiny/adamw.safetensors");
-  for (const tensor of ["p4096", "p10000", "p300"]) {
+  for (const tensor of ["p10000", "p300"]) {
     const p = Float64Array.from(file.f32(`init.${tensor}`));
     const m = new Float64Array(p.length), v = new Float64Array(p.length);
-    // Only step 12: the tensors that the file calls torch.1 and torch.2 hold the values of step 12 as well.
+    // Only step 12: what the full file calls torch.1 and torch.2 are the values of step 12 as well, and left out here.
     replay(tensor, { update: (g, settings) => adamw({ p, g, m, v }, settings), check: () => {} });
     // Found: 4e-7, of torch's rounding to 32 bits.
     for (const [name, actual] of Object.entries({ param: p, exp_avg: m, exp_avg_sq: v })) {

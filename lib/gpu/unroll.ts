@@ -3,42 +3,57 @@
  * clamps every index that is not a literal. The file stays valid WGSL: without this transform it computes the same,
  * only slower.
  *
- * A marked loop stands under a line `// unroll` and has the form
+ * A marked loop stands under a line `// unroll`, or `// unroll up to N` where it is to stay a loop if it has more than N
+ * iterations, and has the form
  *
  *     for (var i = START; i < END; i += STEP) {      or  i++
  *
  * where START, END and STEP are made of integers, names in `constants`, `const NAME = 8u;` lines and + - * / %.
  */
 
-/** Replaces each marked loop by its iterations, the counter and every index that follows from it written as literals. */
-export function unroll(source: string, constants: Readonly<Record<string, number>>): string {
+type Known = Readonly<Record<string, number>>;
+
+/**
+ * Replaces each marked loop by its iterations, the counter and every index that follows from it written as literals. Throws
+ * `SyntaxError` where a bound is not made of known constants, or a loop has no closing brace.
+ */
+export function unroll(source: string, constants: Known): string {
   const known = { ...declaredConstants(source), ...constants };
+  // Numbers of other types are none of its business: they would be spelled as u32.
+  for (const [, name] of source.matchAll(/^(?:const|override) (\w+): *(?!u32)\w+/gm)) delete known[name!];
   return expand(source, known);
 }
 
 /** Indices and last arguments made of integers alone become one integer: drivers keep such arrays in registers. */
-function fold(body: string, known: Readonly<Record<string, number>>): string {
-  const literal = (text: string) => /^[\s\w+*/%()-]+$/.test(text) && !/[a-z_]\w/.test(text) && /^[^A-Z]*$/.test(text);
-  const spelled = body.replace(/\b[A-Z][A-Z_0-9]*\b/g, (name) => name in known ? `${known[name]}u` : name);
+function fold(body: string, known: Known): string {
+  const literal = (text: string) => /\du\b/.test(text) && /^(?:\b\d+u?\b|[\s+*/%()-])+$/.test(text);
+  const spelled = body.replace(/\b[A-Z][A-Z_0-9]*\b/g, (name) => Object.hasOwn(known, name) ? `${known[name]}u` : name);
   return spelled
     .replace(/\[([^[\]]+)\]/g, (whole, index) => literal(index) ? `[${evaluate(index, known)}u]` : whole)
     .replace(/, ([^(),]+)\)/g, (whole, argument) => literal(argument) ? `, ${evaluate(argument, known)}u)` : whole);
 }
 
 const HEAD =
-  /^([ \t]*)\/\/ unroll[^\n]*\n[ \t]*for \(var (\w+) = ([^;]+); \2 < ([^;]+); (?:\2\+\+|\2 \+= ([^)]+))\) \{/m;
+  /^([ \t]*)\/\/ unroll\b(?: up to (\d+))?[^\n]*\n[ \t]*for \(var (\w+) = ([^;]+); \3 < ([^;]+); (?:\3\+\+|\3 \+= ([^)]+))\) \{/m;
 
-function expand(source: string, known: Readonly<Record<string, number>>): string {
+function expand(source: string, known: Known): string {
   let done = "", rest = source;
   for (let head = HEAD.exec(rest); head; head = HEAD.exec(rest)) {
-    const [matched, indent, name, start, end, step] = head;
+    const [matched, indent, most, name, start, end, step] = head;
     const open = head.index + matched.length;
+    const first = evaluate(start!, known), last = evaluate(end!, known), by = step === undefined ? 1 : evaluate(step, known);
+    if (!(by > 0)) throw new SyntaxError(`Cannot unroll a loop: its step "${step}" is ${by}`);
+    if (most !== undefined && (last - first) / by > Number(most)) {
+      done += rest.slice(0, open);
+      rest = rest.slice(open);
+      continue;
+    }
     const close = matchingBrace(rest, open);
     const body = rest.slice(open, close);
-    const use = new RegExp(`\\b${name}\\b`, "g");
-    const last = evaluate(end!, known), by = step === undefined ? 1 : evaluate(step, known);
+    // Not what follows a dot: a member of that name.
+    const use = new RegExp(`(?<!\\.)\\b${name}\\b`, "g");
     let copies = "";
-    for (let value = evaluate(start!, known); value < last; value += by) {
+    for (let value = first; value < last; value += by) {
       copies += `${indent}{${fold(expand(body.replace(use, `${value}u`), known), known)}}\n`;
     }
     done += rest.slice(0, head.index) + copies;
@@ -66,21 +81,20 @@ function matchingBrace(source: string, from: number): number {
 }
 
 /** Integer arithmetic with the usual precedence, left to right, division rounding down. */
-function evaluate(expression: string, known: Readonly<Record<string, number>>): number {
-  const tokens = expression.match(/\w+|[-+*/%()]/g) ?? [];
+function evaluate(expression: string, known: Known): number {
+  const tokens = expression.match(/\w+|[^\w\s]/g) ?? [];
   let at = 0;
+  const fail = (token: string | undefined): never => {
+    throw new SyntaxError(`Cannot unroll a loop: "${token ?? "the end"}" in "${expression}" is not a known constant`);
+  };
   const atom = (): number => {
-    const token = tokens[at++];
+    const token = tokens[at++] ?? "";
     if (token === "(") {
       const value = sum();
-      at++;
-      return value;
+      return tokens[at++] === ")" ? value : fail(tokens[at - 1]);
     }
-    const value = /^\d+u?$/.test(token ?? "") ? parseInt(token!) : known[token ?? ""];
-    if (value === undefined) {
-      throw new SyntaxError(`Cannot unroll a loop: "${token}" in "${expression}" is not a known constant`);
-    }
-    return value;
+    if (/^\d+u?$/.test(token)) return parseInt(token);
+    return Object.hasOwn(known, token) ? known[token]! : fail(tokens[at - 1]);
   };
   const product = (): number => {
     let value = atom();
@@ -95,5 +109,6 @@ function evaluate(expression: string, known: Readonly<Record<string, number>>): 
     while (tokens[at] === "+" || tokens[at] === "-") value = tokens[at++] === "+" ? value + product() : value - product();
     return value;
   };
-  return sum();
+  const value = sum();
+  return at === tokens.length ? value : fail(tokens[at]);
 }

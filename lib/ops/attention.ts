@@ -4,14 +4,16 @@ import { type Dispatch, fold, Kernel, type Rows } from "../gpu/kernel.ts";
 import type { Tensor } from "../gpu/tensor.ts";
 import source from "../../kernels/attention.wgsl" with { type: "text" };
 
-/** Causal grouped-query attention inside documents (arXiv:2205.14135). `headDim` is a multiple of 4, at most 128. */
+/** Causal grouped-query attention inside documents (arXiv:2205.14135). `headDim` is a multiple of 8, at most 128. */
 export function createAttention(gpu: Gpu, shape: { heads: number; kvHeads: number; headDim: number }) {
   const { heads, kvHeads, headDim } = shape;
   if (headDim % 8 || headDim > 128) {
     throw new RangeError(`Cannot attend with heads of ${headDim} columns: a multiple of 8 up to 128 is wanted`);
   }
   const kernel = new Kernel(gpu, "attention", source);
-  const lanes = gpu.lanes === "subgroup" ? gpu.subgroup : 32;
+  // What a lane keeps for the others must fit into workgroup memory: with wide heads on small devices fewer lanes do.
+  const fits = gpu.limits.maxComputeWorkgroupStorageSize / (16 * (headDim / 2 + 1) + 4);
+  const lanes = gpu.lanes === "subgroup" ? gpu.subgroup : fits >= 32 ? 32 : 16;
   const slots = (n: number): Record<string, number> => gpu.lanes === "shared" ? { LANE_SLOTS: n } : {};
   const constants = { LANES: lanes, HEADS: heads, KV_HEADS: kvHeads, D4: headDim / 4 };
   const tiles = (rows: Rows) => Math.ceil(rows.count / lanes);

@@ -73,8 +73,11 @@ interface Form {
   readonly wide: number;
 }
 
-/** Tile of the GPU kernels: `BM` rows by `BN` columns and `BK` inner steps at a time, or the narrow form's 16 by 16. */
-export type Tile = "narrow" | { readonly BM: number; readonly BN: number; readonly BK: number };
+/**
+ * Tile of the GPU kernels: the narrow form's 16 by 16, or `BM` rows by `BN` columns and `BK` inner steps at a time, run in
+ * bands of `BAND` rows of tiles (8 where it is left out).
+ */
+export type Tile = "narrow" | { readonly BM: number; readonly BN: number; readonly BK: number; readonly BAND?: number };
 
 /** Tiles of 128 by 128 that fill a large GPU; fewer leave processors idle. */
 const ENOUGH = 128;

@@ -18,6 +18,7 @@ import {
   tokenizerFiles,
 } from "../../lib/model/medslm.ts";
 import { readConfig } from "../../lib/model/config.ts";
+import { rebuilt } from "../golden/rebuild.ts";
 
 const fixtures = new URL("../../fixtures/", import.meta.url).pathname;
 const golden = `${fixtures}golden/`;
@@ -30,8 +31,8 @@ for (
     ["odd/model_medslm_interleaved", "odd/model_hf", true],
   ] as const
 ) {
-  Deno.test(`${from} converts to the tensors of ${to} bit for bit`, () => {
-    const checkpoint = openCheckpoint(`${golden}${from}`);
+  Deno.test(`${from} converts to the tensors of ${to} bit for bit`, async () => {
+    const checkpoint = openCheckpoint(await rebuilt(from));
     using source = checkpoint.source;
     using want = openModel(`${golden}${to}`);
     const { config, mappings, skipped } = planConversion(checkpoint, { interleaved, dtype: "float32" });
@@ -46,8 +47,8 @@ for (
   });
 }
 
-Deno.test("read as half-split, an interleaved checkpoint gives other q and k and nothing else", () => {
-  const checkpoint = openCheckpoint(`${golden}tiny/model_medslm_interleaved`);
+Deno.test("read as half-split, an interleaved checkpoint gives other q and k and nothing else", async () => {
+  const checkpoint = openCheckpoint(await rebuilt("tiny/model_medslm_interleaved"));
   using source = checkpoint.source;
   using want = openModel(`${golden}tiny/model_hf`);
   const differ = planConversion(checkpoint, half).mappings.filter((mapping) => {
@@ -93,12 +94,14 @@ Deno.test("a PyTorch file converts with its own settings; its buffers are skippe
   assertEquals(tokenizerFiles(`${fixtures}torch`), []);
 });
 
+const medslm = await rebuilt("tiny/model_medslm");
+
 /** tiny/model_medslm in memory, its tensors renamed, replaced (shape and value) or, with null, left out. */
 function variant(
   change: Readonly<Record<string, string | null | { shape: number[]; fill: number }>>,
   settings: Readonly<Record<string, unknown>> = {},
 ): Checkpoint {
-  const real = openCheckpoint(`${golden}tiny/model_medslm`);
+  const real = openCheckpoint(medslm);
   const tensors = new Map(real.source.tensors);
   const data = new Map([...tensors.keys()].map((name) => [name, real.source.read(name)]));
   real.source.close();

@@ -155,10 +155,15 @@ for (const [op, cases] of [["nt", NT], ["nn", NN], ["tn", TN]] as const) {
   }, { models: false });
 }
 
-gpuTest("matmul_tiled computes the same with other tiles, and from bf16 in every form", async (bench) => {
-  const of: Case = { M: 140, N: 136, K: 56, w: "bf16" };
-  for (const op of ["nt", "nn", "tn"] as const) await check(bench, op, { tile: MIXED, of });
-}, { models: false });
+gpuTest(
+  "matmul_tiled computes the same with other tiles, in bands of rows, and from bf16 in every form",
+  async (bench) => {
+    await check(bench, "nt", { tile: { ...SMALL, BAND: 3 }, of: { M: 460, N: 136, K: 8 } });
+    const of: Case = { M: 140, N: 136, K: 56, w: "bf16" };
+    for (const op of ["nt", "nn", "tn"] as const) await check(bench, op, { tile: MIXED, of });
+  },
+  { models: false },
+);
 
 Deno.test("chooseTile() keeps to tiles that matmul_tiled.wgsl can load and that WebGPU's 16 KB hold", () => {
   for (const rows of [1, 16, 64, 65, 257, 1024, 4096, 32_768]) {

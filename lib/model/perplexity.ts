@@ -1,0 +1,134 @@
+/**
+ * Perplexity of a model over packed rows, document by document, and how sure the difference of two models is. It compares
+ * only what was measured on the same tokens, and refuses losses that are not numbers.
+ */
+import { IGNORED } from "../data/dataset.ts";
+import { TorchGenerator } from "../data/random.ts";
+import { download } from "../gpu/tensor.ts";
+import type { Llama, MicroBatch } from "./llama.ts";
+
+/** One document: `nll` in nats, summed over its `tokens` labelled tokens. */
+export interface DocumentLoss {
+  readonly nll: number;
+  readonly tokens: number;
+}
+
+/** Losses over the whole of a split; `perplexity` is `exp(nllSum / tokens)`. */
+export interface Perplexity {
+  readonly nllSum: number;
+  readonly tokens: number;
+  readonly perplexity: number;
+  /** As the Hugging Face Trainer reports it, in nats: means of batches, weighted by their rows and not by their tokens. */
+  readonly evalLoss: number;
+}
+
+/** What {@link measurePerplexity} found: the split, and every document that has a labelled token. */
+export interface Measured extends Perplexity {
+  readonly documents: readonly DocumentLoss[];
+}
+
+/** A percentile interval. */
+export interface Interval {
+  readonly low: number;
+  readonly high: number;
+}
+
+/**
+ * The loss of every labelled token of `batches`, in one forward pass each; batch i holds `rows[i]` dataset rows. Throws an
+ * error where nothing is labelled or a loss is not finite.
+ */
+export async function measurePerplexity(
+  llama: Llama,
+  { batches, rows, onBatch }: {
+    readonly batches: readonly MicroBatch[];
+    readonly rows: readonly number[];
+    readonly onBatch?: (done: number) => void;
+  },
+): Promise<Measured> {
+  const documents: DocumentLoss[] = [];
+  let weighted = 0, allRows = 0;
+  for (const [i, batch] of batches.entries()) {
+    const tokens = llama.evaluate(batch);
+    const found = sumByDocument(
+      batch,
+      tokens === 0 ? new Float32Array() : await download(llama.gpu, llama.plan.batch.nll),
+    );
+    documents.push(...found);
+    // A batch without a labelled token has no mean: it is left out of the sum, as in training.
+    if (tokens > 0) weighted += rows[i]! * found.reduce((sum, { nll }) => sum + nll, 0) / tokens;
+    allRows += rows[i]!;
+    onBatch?.(i + 1);
+  }
+  return { ...perplexity(documents), evalLoss: weighted / allRows, documents };
+}
+
+/** Sums `nll`, one value per labelled token in order, over the documents of a batch; those without a label are left out. */
+export function sumByDocument(
+  { positionIds, targets }: Pick<MicroBatch, "positionIds" | "targets">,
+  nll: ArrayLike<number>,
+): DocumentLoss[] {
+  const documents: { nll: number; tokens: number }[] = [];
+  for (let t = 0, labelled = 0; t < targets.length; t++) {
+    if (positionIds[t] === 0) documents.push({ nll: 0, tokens: 0 });
+    if (targets[t] === IGNORED) continue;
+    documents.at(-1)!.nll += nll[labelled++]!;
+    documents.at(-1)!.tokens++;
+  }
+  return documents.filter(({ tokens }) => tokens > 0);
+}
+
+/** Perplexity of the documents together; throws when there are none, or when it is no finite number. */
+export function perplexity(documents: readonly DocumentLoss[]): Omit<Perplexity, "evalLoss"> {
+  let nllSum = 0, tokens = 0;
+  for (const document of documents) {
+    nllSum += document.nll;
+    tokens += document.tokens;
+  }
+  const value = Math.exp(nllSum / tokens);
+  if (!Number.isFinite(value)) {
+    throw new RangeError(`Cannot give a perplexity: the losses of ${tokens} tokens sum up to ${nllSum}`);
+  }
+  return { nllSum, tokens, perplexity: value };
+}
+
+/**
+ * The interval that holds `confidence` of the differences `tuned - base` in perplexity when the documents are drawn again
+ * with replacement, both models on the same draw (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, 13.3).
+ * Undefined for fewer than two documents; throws when the two were not measured on the same tokens.
+ */
+export function bootstrapDifference(
+  { base, tuned }: { readonly base: readonly DocumentLoss[]; readonly tuned: readonly DocumentLoss[] },
+  { seed, resamples, confidence }: {
+    readonly seed: number;
+    readonly resamples: number;
+    readonly confidence: number;
+  },
+): Interval | undefined {
+  const n = base.length;
+  if (tuned.length !== n || base.some(({ tokens }, d) => tokens !== tuned[d]!.tokens)) {
+    throw new RangeError(`Cannot compare ${n} documents with ${tuned.length}: both models must read the same tokens`);
+  }
+  if (n < 2) return undefined;
+  const random = new TorchGenerator(seed);
+  const differences = new Float64Array(resamples);
+  for (let r = 0; r < resamples; r++) {
+    let tokens = 0, before = 0, after = 0;
+    for (let i = 0; i < n; i++) {
+      const d = random.next32() % n;
+      tokens += base[d]!.tokens;
+      before += base[d]!.nll;
+      after += tuned[d]!.nll;
+    }
+    differences[r] = Math.exp(after / tokens) - Math.exp(before / tokens);
+  }
+  differences.sort();
+  const tail = (1 - confidence) / 2;
+  return { low: quantile(differences, tail), high: quantile(differences, 1 - tail) };
+}
+
+/** Linear between the neighbours, as numpy's default. */
+function quantile(sorted: Float64Array, share: number): number {
+  const at = share * (sorted.length - 1), below = Math.floor(at);
+  const low = sorted[below]!, high = sorted[Math.min(below + 1, sorted.length - 1)]!;
+  return low + (at - below) * (high - low);
+}

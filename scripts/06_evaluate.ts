@@ -1,0 +1,271 @@
+/**
+ * 06 · Evaluate: the base and the tuned model on the same test rows, and what they answer.
+ * Blog section "Evaluation": perplexity, sampled answers, lengths of the answers.
+ *
+ *   deno task 06
+ *   deno task 06 --samples 200 --temperature 1 --top-p 1
+ *
+ * reads   artifacts/02_load  artifacts/03_dataset  artifacts/05_train/adapter (after 02 --mode full: 05_train/model)
+ * writes  artifacts/06_evaluate/evaluation.json  report.html  manifest.json
+ */
+import { gatherRows, microBatches, nextTokenTargets, readRows } from "../lib/data/dataset.ts";
+import { readTemplate } from "../lib/data/template.ts";
+import { loadTokenizer } from "../lib/data/tokenizer.ts";
+import { countWords, drawPrompts, fixedQuestions, questionOf, splitDocuments, spread } from "../lib/model/answers.ts";
+import { readConfig } from "../lib/model/config.ts";
+import { type Answer, generateAll } from "../lib/model/generate.ts";
+import { Llama } from "../lib/model/llama.ts";
+import { bootstrapDifference, measurePerplexity, type Perplexity } from "../lib/model/perplexity.ts";
+import { byRecipe, flags } from "../lib/run/flags.ts";
+import { beginStage, readManifest, writeAtomic } from "../lib/run/manifest.ts";
+import { count, percent, progress, table } from "../lib/run/print.ts";
+import { barChart, histogram, writeReport } from "../lib/run/report.ts";
+
+const opt = flags(import.meta, {
+  model: "artifacts/02_load", // the base
+  adapter: "artifacts/05_train/adapter",
+  tuned: "artifacts/05_train/model", // instead of the adapter, when 05 trained all weights
+  dataset: "artifacts/03_dataset",
+  batchSize: 4, // rows per micro-batch; eval_loss depends on it, perplexity does not
+  resamples: 2000, // of the bootstrap
+  samples: byRecipe({ tiny: 8, blog: 50 }), // prompts from the test split
+  sequences: byRecipe({ tiny: 8, blog: 16 }), // answers written at once
+  maxNewTokens: byRecipe({ tiny: 96, blog: 300 }), // of an answer
+  temperature: 0.7,
+  topP: 0.9,
+  topK: 0, // 0 = all; transformers takes 50 where nobody asks
+  repetitionPenalty: 1.1,
+  seed: 42, // of the prompts drawn, the answers and the bootstrap
+});
+const CONFIDENCE = 0.95;
+const WARNING = "This is a research model. It states falsehoods in fluent sentences: it is not for clinical use.";
+
+// 1. What is compared: one base, with and without the adapter, or two whole models.
+const full = readManifest(opt.model)?.flags.mode === "full";
+const tunedParts = full ? { model: opt.tuned } : { model: opt.model, adapter: opt.adapter };
+const stage = await beginStage("06_evaluate", opt, { reads: [opt.model, opt.dataset, full ? opt.tuned : opt.adapter] });
+const test = readRows(`${opt.dataset}/test.safetensors`);
+const tokenizer = loadTokenizer(opt.model);
+const template = readTemplate(`${opt.dataset}/template.json`);
+
+// 2. The test rows as micro-batches, the same for both.
+const order = Array.from({ length: test.rowOffsets.length - 1 }, (_, r) => r);
+const which = microBatches(order, { batchSize: opt.batchSize, accumulation: 1 }).map(([rows]) => rows!);
+const batches = which.map((rows) => gatherRows(test, rows)).map((b) => ({ ...b, targets: nextTokenTargets(b) }));
+const tokens = Math.max(...batches.map(({ inputIds }) => inputIds.length));
+
+// 3. The prompts: fixed questions for both models, and prompts of the test split for the tuned one.
+const { max_position_embeddings: positions } = readConfig(opt.model);
+const documents = splitDocuments(test, tokenizer.eosId);
+const longest = positions - opt.maxNewTokens;
+const drawn = drawPrompts(documents, { ...opt, tokenizer, template, count: opt.samples, longest });
+const questions = fixedQuestions[opt.recipe];
+const asked = questions.map((question) => template.renderPrompt(question));
+const askedIds = asked.map((prompt) => tokenizer.encode(prompt));
+if (drawn.length < opt.samples) {
+  const state = `${drawn.length} of ${
+    count(documents.length)
+  } test documents have a prompt of at most ${longest} tokens`;
+  console.log(`${state}: there will be ${drawn.length} answers to describe, not ${opt.samples}.`);
+}
+
+// 4. Losses and answers of one model after the other.
+let written = 0, writingMs = 0;
+const base = await examine("base", { model: opt.model }, askedIds);
+const tuned = await examine("tuned", tunedParts, [...askedIds, ...drawn.map(({ ids }) => ids)]);
+const interval = bootstrapDifference({ base: base.documents, tuned: tuned.documents }, {
+  ...opt,
+  confidence: CONFIDENCE,
+});
+const pairs = questions.map((question, i) => {
+  return { question, prompt: asked[i]!, base: base.answers[i]!, tuned: tuned.answers[i]! };
+});
+const samples = drawn.map(({ document, text: prompt, reference }, i) => {
+  return { document, prompt, ...tuned.answers[questions.length + i]!, reference };
+});
+
+// 5. Lengths: words as the blog counts them, tokens with the one that ends the answer.
+const lengths: Readonly<Record<string, readonly number[]>> = {
+  words: samples.map(({ words }) => words),
+  tokens: samples.map(({ ids }) => ids.length),
+  "words of references": samples.map(({ reference }) => countWords(reference)),
+};
+const some = samples.length > 0;
+const [length, lengthInTokens, lengthOfReferences] = Object.values(lengths).map((list) => some ? spread(list) : null);
+const endedShare = some ? samples.filter(({ finished }) => finished).length / samples.length : null;
+const sampling = {
+  temperature: opt.temperature,
+  top_p: opt.topP,
+  top_k: opt.topK,
+  repetition_penalty: opt.repetitionPenalty,
+  max_new_tokens: opt.maxNewTokens,
+};
+const difference = {
+  perplexity: tuned.perplexity - base.perplexity,
+  low: interval?.low ?? null,
+  high: interval?.high ?? null,
+  confidence: CONFIDENCE,
+  documents: base.documents.length,
+  resamples: opt.resamples,
+};
+await writeAtomic(
+  `${opt.out}/evaluation.json`,
+  json({
+    base: record(base),
+    tuned: record(tuned),
+    difference,
+    seed: opt.seed,
+    sampling,
+    length,
+    length_in_tokens: lengthInTokens,
+    length_of_references: lengthOfReferences,
+    ended_share: endedShare,
+    questions: pairs,
+    samples,
+    documents: {
+      tokens: base.documents.map(({ tokens }) => tokens),
+      base_nll: base.documents.map(({ nll }) => nll),
+      tuned_nll: tuned.documents.map(({ nll }) => nll),
+    },
+  }),
+);
+
+// 6. The proof: base and tuned side by side, and how sure the difference is.
+const scores = [
+  ["", "base", "tuned"],
+  ["perplexity", base.perplexity, tuned.perplexity],
+  ["loss per token (nats)", base.nllSum / base.tokens, tuned.nllSum / tuned.tokens],
+  ["eval_loss (rows weighted)", base.evalLoss, tuned.evalLoss],
+  ["labelled tokens", base.tokens, tuned.tokens],
+];
+const n = `n = ${count(base.documents.length)} documents of the test split`;
+const verdict = `Perplexity of the tuned model minus the base's: ${signed(difference.perplexity)} (${
+  interval === undefined
+    ? `${n}: too few for an interval`
+    : `${100 * CONFIDENCE} % interval ${signed(interval.low)} to ${signed(interval.high)}, ${n}, drawn again ${
+      count(opt.resamples)
+    } times`
+}).`;
+const spreads = [
+  [`${samples.length} answers`, "mean", "median", "min", "max"],
+  ...Object.entries(lengths).map(([name, list]) => [name, ...some ? Object.values(spread(list)) : []]),
+];
+const ended = endedShare === null ? "" : `${percent(endedShare)} of them ended by themselves.`;
+console.log(`\n${table(scores, { header: true })}\n\n${wrap(verdict)}`);
+if (some) console.log(`\n${table(spreads, { header: true, align: "lrrrr" })}\n${ended}`);
+for (const pair of pairs.slice(0, 3)) {
+  console.log(`\n${wrap(`Q: ${pair.question}`)}`);
+  console.log(`${wrap(`base: ${pair.base.text}`)}\n${wrap(`tuned: ${pair.tuned.text}`)}`);
+}
+console.log(`\n${WARNING} See ${opt.out}/report.html`);
+
+// 7. The same as a page.
+const histograms = some
+  ? await Promise.all([histogram({
+    title: "Length of the answers",
+    x: "words",
+    y: "answers",
+    series: ["words", "words of references"].map((name) => ({ name, values: lengths[name]! })),
+  })])
+  : [];
+const bars = [{ name: "base", value: base.perplexity }, { name: "tuned", value: tuned.perplexity }];
+await writeReport(`${opt.out}/report.html`, {
+  title: "Evaluation",
+  sections: [
+    {
+      heading: "Perplexity on the test split",
+      paragraphs: [WARNING, verdict, "Lower is better. eval_loss is what the Hugging Face Trainer reports."],
+      charts: [await barChart({ title: "Perplexity", x: "perplexity", y: "", bars })],
+      tables: [scores],
+    },
+    {
+      heading: "The same questions, side by side",
+      paragraphs: [
+        `Sampled with ${Object.entries({ seed: opt.seed, ...sampling }).map((pair) => pair.join(" ")).join(", ")}.`,
+      ],
+      tables: [[["question", "base", "tuned"], ...pairs.map((p) => [p.question, p.base.text, p.tuned.text])]],
+    },
+    ...(some
+      ? [{ heading: "Lengths of the answers", paragraphs: [ended], charts: histograms, tables: [spreads] }]
+      : []),
+    {
+      heading: "Prompts of the test split",
+      tables: [[
+        ["question", "tuned", "reference", "words"],
+        ...samples.map((s) => [questionOf(s.prompt, template), s.text, s.reference, s.words]),
+      ]],
+    },
+  ],
+});
+await stage.done({
+  numbers: {
+    base: record(base),
+    tuned: record(tuned),
+    difference,
+    samples: samples.length,
+    length,
+    ended_share: endedShare,
+    generated_tokens_per_second: 1000 * written / writingMs,
+  },
+  device: base.device,
+});
+
+/** Opens a model, measures it on the test rows, lets it answer, and frees the GPU for the next. */
+async function examine(
+  name: string,
+  { model, adapter }: { readonly model: string; readonly adapter?: string },
+  prompts: readonly (readonly number[])[],
+) {
+  const llama = await Llama.open({ model, adapter, tokens, resident: true });
+  const reading = progress(`${name}: test rows`, order.length);
+  const done = (i: number) => reading.tick(which.slice(0, i).reduce((sum, rows) => sum + rows.length, 0));
+  const losses = await measurePerplexity(llama, { batches, rows: which.map((rows) => rows.length), onBatch: done });
+  reading.end();
+
+  const bar = progress(`${name}: answers`, prompts.length);
+  const began = performance.now();
+  const shares = prompts.map(() => 0); // of the most that an answer may have; a short one counts as whole when it ends
+  let made = 0;
+  const onToken = (prompt: number, id: number) => {
+    made++;
+    shares[prompt] = id === tokenizer.eosId ? 1 : shares[prompt]! + 1 / opt.maxNewTokens;
+    const rate = `${(1000 * made / (performance.now() - began)).toFixed(1)} tokens/s`;
+    bar.tick(Math.floor(10 * shares.reduce((sum, share) => sum + share, 0)) / 10, rate);
+  };
+  const context = Math.min(positions, Math.max(...prompts.map(({ length }) => length)) + opt.maxNewTokens);
+  const { sequences: batch, maxNewTokens, temperature, topP, topK, repetitionPenalty, seed } = opt;
+  const answers = await generateAll({
+    ...{ model: llama, batch, context, eosIds: [tokenizer.eosId], onToken },
+    ...{ maxNewTokens, temperature, topP, topK, repetitionPenalty, seed },
+  }, prompts);
+  bar.end();
+  written += made;
+  writingMs += performance.now() - began;
+  llama.destroy();
+  return { ...losses, answers: answers.map(decoded), device: llama.gpu.name };
+}
+
+/** `ids` are the new tokens, the one that ended the answer included; the text is without it. */
+function decoded({ ids, finished }: Answer) {
+  const text = tokenizer.decode(ids, { skipSpecialTokens: true });
+  return { ids, text, words: countWords(text), finished };
+}
+
+function record({ nllSum, tokens, perplexity, evalLoss }: Perplexity) {
+  return { nll_sum: nllSum, tokens, perplexity, eval_loss: evalLoss };
+}
+
+/** JSON with lists of numbers on one line. */
+function json(value: unknown): string {
+  const spaced = JSON.stringify(value, null, 2);
+  return spaced.replace(/\[\n[-+\d.e,\s]+\]/g, (list) => list.replace(/\s+/g, " ")) + "\n";
+}
+
+function signed(x: number): string {
+  return `${x > 0 ? "+" : ""}${x.toFixed(3)}`;
+}
+
+/** Lines of at most about 100 columns, cut between words. */
+function wrap(text: string): string {
+  return text.trim().split("\n").map((line) => line.replace(/(.{1,98})(\s+|$)/g, "$1\n").trimEnd()).join("\n");
+}
