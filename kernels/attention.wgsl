@@ -16,13 +16,14 @@
 //
 // A lane owns one row. Tiles of LANES other rows are loaded by the lanes together and read by all of them, one after the
 // other; tiles outside the document are never visited. Sums run in a fixed order: the same bits every time.
-// LANES is a multiple of 8. The loops over a tile are unrolled for subgroups, whose shuffles want literal lanes, and not for
+// The loops over a tile are unrolled for subgroups, whose shuffles want literal lanes, and not for
 // the longer tiles in workgroup memory.
 
 override LANES: u32;
 override HEADS: u32;
 override KV_HEADS: u32;
 override D4: u32; // D / 4
+override KEYS: u32 = 8u; // of a tile, that forward takes at a time: a divisor of LANES, at most 8
 
 @group(0) @binding(0) var<uniform> rows: vec4u;
 @group(0) @binding(1) var<storage, read> qkv: array<vec4f>;
@@ -69,18 +70,18 @@ fn forward(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index)
       lanes_keep(D4 + d, qkv[key + KV_HEADS * D4 + d], lane);
     }
     lanes_end();
-    // unroll up to 2: keys by eights, so that their scores stay in registers
-    for (var j8 = 0u; j8 < LANES / 8u; j8++) {
+    // unroll up to 2: a few keys at a time, so that their scores stay in registers
+    for (var some = 0u; some < LANES / KEYS; some++) {
       var s: array<f32, 8>;
       var best = top;
       // unroll
-      for (var j = 0u; j < 8u; j++) {
+      for (var j = 0u; j < KEYS; j++) {
         var products = vec4f(0.0);
         // unroll
         for (var d = 0u; d < D4; d++) {
-          products = fma(q[d], lanes_fetch(d, j8 * 8u + j), products);
+          products = fma(q[d], lanes_fetch(d, some * KEYS + j), products);
         }
-        let at = j0 + j8 * 8u + j;
+        let at = j0 + some * KEYS + j;
         s[j] = select(LOWEST, total(products), start <= at && at <= row);
         best = max(best, s[j]);
       }
@@ -91,12 +92,12 @@ fn forward(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index)
         o[d] *= keep;
       }
       // unroll
-      for (var j = 0u; j < 8u; j++) {
+      for (var j = 0u; j < KEYS; j++) {
         let p = select(0.0, exp(s[j] - best), s[j] > LOWEST);
         sum += p;
         // unroll
         for (var d = 0u; d < D4; d++) {
-          o[d] = fma(vec4f(p), lanes_fetch(D4 + d, j8 * 8u + j), o[d]);
+          o[d] = fma(vec4f(p), lanes_fetch(D4 + d, some * KEYS + j), o[d]);
         }
       }
       top = best;

@@ -16,6 +16,7 @@ import { readConfig } from "../lib/model/config.ts";
 import { type Answer, generateAll } from "../lib/model/generate.ts";
 import { Llama } from "../lib/model/llama.ts";
 import { bootstrapDifference, measurePerplexity, type Perplexity } from "../lib/model/perplexity.ts";
+import { checkSampling } from "../lib/model/sample.ts";
 import { byRecipe, flags } from "../lib/run/flags.ts";
 import { beginStage, readManifest, writeAtomic } from "../lib/run/manifest.ts";
 import { count, percent, progress, table } from "../lib/run/print.ts";
@@ -31,6 +32,7 @@ const opt = flags(import.meta, {
   samples: byRecipe({ tiny: 8, blog: 50 }), // prompts from the test split
   sequences: byRecipe({ tiny: 8, blog: 16 }), // answers written at once
   maxNewTokens: byRecipe({ tiny: 96, blog: 300 }), // of an answer
+  greedy: false, // the most likely token always; temperature, top-p and top-k do not count then
   temperature: 0.7,
   topP: 0.9,
   topK: 0, // 0 = all; transformers takes 50 where nobody asks
@@ -41,6 +43,7 @@ const CONFIDENCE = 0.95;
 const WARNING = "This is a research model. It states falsehoods in fluent sentences: it is not for clinical use.";
 
 // 1. What is compared: one base, with and without the adapter, or two whole models.
+checkSampling(opt);
 const full = readManifest(opt.model)?.flags.mode === "full";
 const tunedParts = full ? { model: opt.tuned } : { model: opt.model, adapter: opt.adapter };
 const stage = await beginStage("06_evaluate", opt, { reads: [opt.model, opt.dataset, full ? opt.tuned : opt.adapter] });
@@ -92,42 +95,38 @@ const lengths: Readonly<Record<string, readonly number[]>> = {
 };
 const some = samples.length > 0;
 const [length, lengthInTokens, lengthOfReferences] = Object.values(lengths).map((list) => some ? spread(list) : null);
-const endedShare = some ? samples.filter(({ finished }) => finished).length / samples.length : null;
 const sampling = {
+  greedy: opt.greedy,
   temperature: opt.temperature,
   top_p: opt.topP,
   top_k: opt.topK,
   repetition_penalty: opt.repetitionPenalty,
   max_new_tokens: opt.maxNewTokens,
 };
-const difference = {
-  perplexity: tuned.perplexity - base.perplexity,
-  low: interval?.low ?? null,
-  high: interval?.high ?? null,
-  confidence: CONFIDENCE,
-  documents: base.documents.length,
-  resamples: opt.resamples,
+const results = {
+  base: record(base),
+  tuned: record(tuned),
+  difference: {
+    perplexity: tuned.perplexity - base.perplexity,
+    low: interval?.low ?? null,
+    high: interval?.high ?? null,
+    confidence: CONFIDENCE,
+    documents: base.documents.length,
+    resamples: opt.resamples,
+  },
+  length,
+  length_in_tokens: lengthInTokens,
+  length_of_references: lengthOfReferences,
+  ended_share: some ? samples.filter(({ finished }) => finished).length / samples.length : null,
+};
+const perDocument = {
+  tokens: base.documents.map(({ tokens }) => tokens),
+  base_nll: base.documents.map(({ nll }) => nll),
+  tuned_nll: tuned.documents.map(({ nll }) => nll),
 };
 await writeAtomic(
   `${opt.out}/evaluation.json`,
-  json({
-    base: record(base),
-    tuned: record(tuned),
-    difference,
-    seed: opt.seed,
-    sampling,
-    length,
-    length_in_tokens: lengthInTokens,
-    length_of_references: lengthOfReferences,
-    ended_share: endedShare,
-    questions: pairs,
-    samples,
-    documents: {
-      tokens: base.documents.map(({ tokens }) => tokens),
-      base_nll: base.documents.map(({ nll }) => nll),
-      tuned_nll: tuned.documents.map(({ nll }) => nll),
-    },
-  }),
+  json({ ...results, seed: opt.seed, sampling, questions: pairs, samples, documents: perDocument }),
 );
 
 // 6. The proof: base and tuned side by side, and how sure the difference is.
@@ -138,8 +137,10 @@ const scores = [
   ["eval_loss (rows weighted)", base.evalLoss, tuned.evalLoss],
   ["labelled tokens", base.tokens, tuned.tokens],
 ];
-const n = `n = ${count(base.documents.length)} documents of the test split`;
-const verdict = `Perplexity of the tuned model minus the base's: ${signed(difference.perplexity)} (${
+const n = `n = ${count(base.documents.length)} ${
+  test.metadata.packing === "wrapped" ? "rows" : "documents"
+} of the test split`;
+const verdict = `Perplexity of the tuned model minus the base's: ${signed(tuned.perplexity - base.perplexity)} (${
   interval === undefined
     ? `${n}: too few for an interval`
     : `${100 * CONFIDENCE} % interval ${signed(interval.low)} to ${signed(interval.high)}, ${n}, drawn again ${
@@ -150,7 +151,7 @@ const spreads = [
   [`${samples.length} answers`, "mean", "median", "min", "max"],
   ...Object.entries(lengths).map(([name, list]) => [name, ...some ? Object.values(spread(list)) : []]),
 ];
-const ended = endedShare === null ? "" : `${percent(endedShare)} of them ended by themselves.`;
+const ended = `${percent(results.ended_share ?? 0)} of them ended by themselves.`;
 console.log(`\n${table(scores, { header: true })}\n\n${wrap(verdict)}`);
 if (some) console.log(`\n${table(spreads, { header: true, align: "lrrrr" })}\n${ended}`);
 for (const pair of pairs.slice(0, 3)) {
@@ -160,14 +161,6 @@ for (const pair of pairs.slice(0, 3)) {
 console.log(`\n${WARNING} See ${opt.out}/report.html`);
 
 // 7. The same as a page.
-const histograms = some
-  ? await Promise.all([histogram({
-    title: "Length of the answers",
-    x: "words",
-    y: "answers",
-    series: ["words", "words of references"].map((name) => ({ name, values: lengths[name]! })),
-  })])
-  : [];
 const bars = [{ name: "base", value: base.perplexity }, { name: "tuned", value: tuned.perplexity }];
 await writeReport(`${opt.out}/report.html`, {
   title: "Evaluation",
@@ -185,26 +178,23 @@ await writeReport(`${opt.out}/report.html`, {
       ],
       tables: [[["question", "base", "tuned"], ...pairs.map((p) => [p.question, p.base.text, p.tuned.text])]],
     },
-    ...(some
-      ? [{ heading: "Lengths of the answers", paragraphs: [ended], charts: histograms, tables: [spreads] }]
-      : []),
     {
-      heading: "Prompts of the test split",
-      tables: [[
-        ["question", "tuned", "reference", "words"],
-        ...samples.map((s) => [questionOf(s.prompt, template), s.text, s.reference, s.words]),
-      ]],
+      heading: "Answers to prompts of the test split",
+      paragraphs: some ? [ended] : ["No test document has a prompt that fits."],
+      charts: some ? [await lengthChart()] : [],
+      tables: some
+        ? [spreads, [
+          ["question", "tuned", "reference", "words"],
+          ...samples.map((s) => [questionOf(s.prompt, template), s.text, s.reference, s.words]),
+        ]]
+        : [],
     },
   ],
 });
 await stage.done({
   numbers: {
-    base: record(base),
-    tuned: record(tuned),
-    difference,
+    ...results,
     samples: samples.length,
-    length,
-    ended_share: endedShare,
     generated_tokens_per_second: 1000 * written / writingMs,
   },
   device: base.device,
@@ -233,10 +223,10 @@ async function examine(
     bar.tick(Math.floor(10 * shares.reduce((sum, share) => sum + share, 0)) / 10, rate);
   };
   const context = Math.min(positions, Math.max(...prompts.map(({ length }) => length)) + opt.maxNewTokens);
-  const { sequences: batch, maxNewTokens, temperature, topP, topK, repetitionPenalty, seed } = opt;
+  const { sequences: batch, maxNewTokens, greedy, temperature, topP, topK, repetitionPenalty, seed } = opt;
   const answers = await generateAll({
     ...{ model: llama, batch, context, eosIds: [tokenizer.eosId], onToken },
-    ...{ maxNewTokens, temperature, topP, topK, repetitionPenalty, seed },
+    ...{ maxNewTokens, greedy, temperature, topP, topK, repetitionPenalty, seed },
   }, prompts);
   bar.end();
   written += made;
@@ -253,6 +243,11 @@ function decoded({ ids, finished }: Answer) {
 
 function record({ nllSum, tokens, perplexity, evalLoss }: Perplexity) {
   return { nll_sum: nllSum, tokens, perplexity, eval_loss: evalLoss };
+}
+
+function lengthChart(): Promise<string> {
+  const series = ["words", "words of references"].map((name) => ({ name, values: lengths[name]! }));
+  return histogram({ title: "Length of the answers", x: "words", y: "answers", series });
 }
 
 /** JSON with lists of numbers on one line. */

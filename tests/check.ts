@@ -50,7 +50,6 @@ export interface Bound {
  */
 export function assertClose(actual: ArrayLike<number>, expected: ArrayLike<number>, bound: Bound): void {
   const { name } = bound;
-  console.log("ERR", name, nmse(actual, expected), maxRelative(actual, expected));
   if (bound.nmse === undefined && bound.max === undefined) throw new TypeError(`${name}: no bound is given`);
   if (actual.length !== expected.length) {
     throw new Error(`${name}: ${actual.length} values, expected ${expected.length}`);

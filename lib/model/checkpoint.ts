@@ -14,7 +14,7 @@ export interface RunState {
   /** Bytes of log.jsonl that belong to these updates. */
   readonly logBytes: number;
   readonly best: { readonly step: number; readonly evalLoss: number } | null;
-  /** Settings that must not change in between. */
+  /** What must not change in between, as JSON: `{ flags, files }`. */
   readonly settings: string;
 }
 
@@ -55,17 +55,26 @@ export function readRunState(dir: string): RunState {
   return JSON.parse(source.metadata.run!) as RunState;
 }
 
-/** Puts the trainer where the checkpoint left it. Throws where its settings differ from `settings`. */
+/**
+ * Puts the trainer where the checkpoint left it. Throws where its settings differ from `settings`, and where the file is
+ * damaged: the run then goes on from the checkpoint before it as soon as this one is removed.
+ */
 export async function loadCheckpoint(
   dir: string,
   { trainer, settings }: { trainer: Trainer; settings: string },
 ): Promise<RunState> {
-  const run = readRunState(dir);
+  let run: RunState;
+  try {
+    run = readRunState(dir);
+  } catch (error) {
+    const before = listCheckpoints(dir.slice(0, dir.lastIndexOf("/"))).at(-2)?.path;
+    const remedy = before === undefined ? "start over with --no-resume" : `remove that folder to go on from "${before}"`;
+    const reason = (error as Error).message.replace(/^C/, "c");
+    throw new Error(`Cannot resume from "${dir}": ${reason}: ${remedy}`, { cause: error });
+  }
   if (run.settings !== settings) {
-    const [was, is] = differing(JSON.parse(run.settings), JSON.parse(settings));
-    throw new Error(
-      `Cannot resume from "${dir}": it was made with ${was}, not ${is}: use the same flags, or --force to start anew`,
-    );
+    const state = difference(JSON.parse(run.settings), JSON.parse(settings));
+    throw new Error(`Cannot resume from "${dir}": ${state}: go on as the run began, or start over with --no-resume`);
   }
   using source = openSafetensors(`${dir}/state.safetensors`);
   const part = (prefix: string) =>
@@ -79,10 +88,24 @@ export async function loadCheckpoint(
   return run;
 }
 
-function differing(was: Record<string, unknown>, is: Record<string, unknown>): [string, string] {
-  const key = Object.keys({ ...was, ...is }).find((k) => JSON.stringify(was[k]) !== JSON.stringify(is[k])) ??
-    "settings";
-  return [`${key} ${JSON.stringify(was[key])}`, JSON.stringify(is[key])];
+/** What a run depends on: flags by their names, and digests of the files it reads by their paths. */
+interface Settings {
+  readonly flags: Readonly<Record<string, unknown>>;
+  readonly files: Readonly<Record<string, string>>;
+}
+
+/** The first thing that is not as it was. */
+function difference(was: Settings, is: Settings): string {
+  const changed = (kind: keyof Settings) =>
+    Object.keys({ ...was[kind], ...is[kind] }).find((key) =>
+      JSON.stringify(was[kind][key]) !== JSON.stringify(is[kind][key])
+    );
+  const flag = changed("flags");
+  if (flag !== undefined) {
+    const name = flag.replace(/[A-Z]/g, (letter) => "-" + letter.toLowerCase());
+    return `it was made with --${name} ${was.flags[flag]}, not ${is.flags[flag]}`;
+  }
+  return `"${changed("files")}" is not the file that it was made with`;
 }
 
 /** Whole checkpoints under `dir`, oldest first. */
@@ -98,12 +121,8 @@ export function listCheckpoints(dir: string): { path: string; step: number }[] {
   }
 }
 
-/** Removes the oldest checkpoints until `limit` are left; `keep` (the best) is never removed. 0 keeps all. */
-export async function pruneCheckpoints(dir: string, { limit, keep }: { limit: number; keep?: number }): Promise<void> {
+/** Removes the oldest checkpoints until `limit` are left; 0 keeps all. */
+export async function pruneCheckpoints(dir: string, { limit }: { limit: number }): Promise<void> {
   if (limit <= 0) return;
-  const all = listCheckpoints(dir);
-  const removable = all.slice(0, -1).filter(({ step }) => step !== keep);
-  for (const { path } of removable.slice(0, Math.max(0, all.length - limit))) {
-    await Deno.remove(path, { recursive: true });
-  }
+  for (const { path } of listCheckpoints(dir).slice(0, -limit)) await Deno.remove(path, { recursive: true });
 }

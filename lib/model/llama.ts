@@ -37,6 +37,10 @@ export interface LlamaOptions {
   readonly checkpointing?: "none" | "block";
   /** Decode 4-bit weights once and keep them. */
   readonly resident?: boolean;
+  /** Leave the gradient of the embedding's output in `plan.gradients.dx` although no adapter needs it: for checks. */
+  readonly inputGradient?: boolean;
+  /** The device; the process's own by default. */
+  readonly gpu?: Gpu;
 }
 
 /** Sums of losses that are remembered on the GPU before they have to be read. */
@@ -71,7 +75,7 @@ export class Llama {
       plan: Plan;
       full: FullGradients | undefined;
     },
-    checkpointing: "none" | "block",
+    { checkpointing, inputGradient }: { checkpointing: "none" | "block"; inputGradient: boolean },
   ) {
     const { config, ops, weights, lora, plan, full } = parts;
     this.gpu = gpu;
@@ -118,7 +122,9 @@ export class Llama {
       const again = checkpointing === "block" && l < config.num_hidden_layers - 1;
       down.push(...(l < config.num_hidden_layers - 1 ? decode(weights.layers[l]!) : []));
       if (again) down.push(...forward({ ...step(l), y: undefined }));
-      down.push(...backward({ ...step(l), g: plan.gradients, d: full?.layers[l], last: l === 0 && !full }));
+      down.push(
+        ...backward({ ...step(l), g: plan.gradients, d: full?.layers[l], last: l === 0 && !full && !inputGradient }),
+      );
     }
     if (full) down.push(...full.embedding({ ops, dx: plan.gradients!.dx }));
     this.#backward = down;
@@ -126,8 +132,8 @@ export class Llama {
 
   /** Loads a model and plans its buffers. Throws where a file or a limit of the device stands against it. */
   static async open(options: LlamaOptions): Promise<Llama> {
-    const { model, tokens, train = "none", checkpointing = "none", resident = false } = options;
-    const gpu = await openGpu();
+    const { model, tokens, train = "none", checkpointing = "none", resident = false, inputGradient = false } = options;
+    const gpu = options.gpu ?? await openGpu();
     const config = readConfig(model);
     const ops = await createOps(gpu, config);
     const weights = await loadWeights(gpu, { dir: model, config, trainable: train === "full", resident });
@@ -143,7 +149,7 @@ export class Llama {
       chunk,
     });
     const full = train === "full" ? createFullGradients(gpu, { config, weights, tokens }) : undefined;
-    return new Llama(gpu, { config, ops, weights, lora, plan, full }, checkpointing);
+    return new Llama(gpu, { config, ops, weights, lora, plan, full }, { checkpointing, inputGradient });
   }
 
   /** Uploads a micro-batch; `slot` is where its loss is summed, `items` the labelled tokens that the loss averages over. */

@@ -22,7 +22,7 @@ export const NEUTRAL: Sampling = { greedy: false, repetitionPenalty: 1, temperat
 
 /** The tokens that may come next, in ascending order, and their probabilities. */
 export interface Distribution {
-  readonly ids: readonly number[];
+  readonly ids: Uint32Array;
   readonly probabilities: Float32Array;
 }
 
@@ -52,11 +52,10 @@ export function nextToken(
     return scores.indexOf(highest(scores));
   }
   const { ids, probabilities } = distribution(logits, { seen, sampling });
-  const total = probabilities.reduce((sum, p) => sum + p, 0);
-  const point = (hash32(seed, sequence, step) + 0.5) / 2 ** 32 * total;
-  let sum = 0;
-  const at = probabilities.findIndex((p) => (sum += p) > point);
-  return ids.at(at)!;
+  const point = (hash32(seed, sequence, step) + 0.5) / 2 ** 32;
+  let at = 0;
+  for (let sum = probabilities[0]!; at < ids.length - 1 && sum <= point; sum += probabilities[at]!) at++;
+  return ids[at]!;
 }
 
 /** The distribution that the next token is drawn from. */
@@ -71,12 +70,17 @@ export function distribution(
     for (let i = 0; i < scores.length; i++) scores[i] = scores[i]! / divisor;
   }
   const max = highest(scores);
-  let ids = topK > 0 && topK < scores.length ? keepTopK(scores, { topK, max }) : undefined;
-  if (topP < 1) ids = keepTopP(scores, { topP, max, ids });
-  ids ??= Array.from(scores.keys());
-  const powers = Float64Array.from(ids, (id) => Math.exp(scores[id]! - max));
-  const total = powers.reduce((sum, power) => sum + power, 0);
-  return { ids, probabilities: Float32Array.from(powers, (power) => power / total) };
+  let ids: Uint32Array = new Uint32Array(scores.length);
+  for (let id = 0; id < ids.length; id++) ids[id] = id;
+  if (topK > 0 && topK < ids.length) ids = keepTopK(scores, { topK, max, ids });
+  const powers = new Float64Array(scores.length);
+  if (topP < 1) ids = keepTopP(scores, { topP, max, ids, powers });
+  else powersOf(scores, { max, ids, powers });
+  let total = 0;
+  for (const id of ids) total += powers[id]!;
+  const probabilities = new Float32Array(ids.length);
+  for (let i = 0; i < ids.length; i++) probabilities[i] = powers[ids[i]!]! / total;
+  return { ids, probabilities };
 }
 
 function penalize(logits: Float32Array, seen: ReadonlySet<number>, penalty: number): Float32Array {
@@ -95,53 +99,64 @@ function highest(scores: Float32Array): number {
   return max;
 }
 
-/** Ids whose score is at least the k-th highest. */
-function keepTopK(scores: Float32Array, { topK, max }: { topK: number; max: number }): number[] {
+/** The ids whose score is at least the k-th highest. */
+function keepTopK(
+  scores: Float32Array,
+  { topK, max, ids }: { topK: number; max: number; ids: Uint32Array },
+): Uint32Array {
   for (let width = 4;; width *= 2) {
-    const near = above(scores, max - width);
+    const near = ids.filter((id) => scores[id]! >= max - width);
     if (near.length < topK) continue;
-    const kth = Float32Array.from(near, (id) => scores[id]!).sort()[near.length - topK]!;
+    const kth = scores[ascending(scores, near)[near.length - topK]!]!;
     return near.filter((id) => scores[id]! >= kth);
   }
 }
 
 /**
- * Ids in ascending order without those that, summed from the least likely up, make at most 1 − p. Only the ids near the
- * top are sorted: the mass of the others is summed as it comes, and it must be small enough that all of them go.
+ * The ids without those that, summed from the least likely up, make at most 1 − p. Only the ids near the top are sorted:
+ * the others are summed as they come, and their mass must be small enough that all of them go.
  */
 function keepTopP(
   scores: Float32Array,
-  { topP, max, ids }: { topP: number; max: number; ids: readonly number[] | undefined },
-): number[] {
-  const spare = Math.fround(1 - topP);
-  let total = 0;
-  const powers = new Float64Array(scores.length);
-  for (let at = 0, count = ids?.length ?? scores.length; at < count; at++) {
-    const id = ids ? ids[at]! : at;
-    total += powers[id] = Math.exp(scores[id]! - max);
-  }
+  { topP, max, ids, powers }: { topP: number; max: number; ids: Uint32Array; powers: Float64Array },
+): Uint32Array {
+  const spare = Math.fround(1 - topP), total = powersOf(scores, { max, ids, powers });
   for (let width = 4;; width *= 2) {
-    const bound = max - width, near: number[] = [];
     let mass = 0;
-    for (let at = 0, count = ids?.length ?? scores.length; at < count; at++) {
-      const id = ids ? ids[at]! : at;
-      if (scores[id]! >= bound) near.push(id);
-      else mass += powers[id]!;
-    }
+    for (const id of ids) if (scores[id]! < max - width) mass += powers[id]!;
     if (Math.fround(mass / total) > spare) continue;
     // Among equals torch tends to keep the later ones; the most likely one always stays.
-    const ascending = near.toSorted((a, b) => scores[a]! - scores[b]! || a - b);
+    const order = ascending(scores, ids.filter((id) => scores[id]! >= max - width));
     let first = 0;
-    for (; first < ascending.length - 1; first++) {
-      mass += powers[ascending[first]!]!;
+    for (; first < order.length - 1; first++) {
+      mass += powers[order[first]!]!;
       if (Math.fround(mass / total) > spare) break;
     }
-    return ascending.slice(first).sort((a, b) => a - b);
+    return order.slice(first).sort();
   }
 }
 
-function above(scores: Float32Array, bound: number): number[] {
-  const ids: number[] = [];
-  for (let id = 0; id < scores.length; id++) if (scores[id]! >= bound) ids.push(id);
-  return ids;
+/** Writes exp(score − max) of each id and returns their sum. */
+function powersOf(
+  scores: Float32Array,
+  { max, ids, powers }: { max: number; ids: Uint32Array; powers: Float64Array },
+): number {
+  let total = 0;
+  for (const id of ids) total += powers[id] = Math.exp(scores[id]! - max);
+  return total;
+}
+
+/** Room for an id beside the 32 bits of its score in a number that is exact. */
+const IDS = 2 ** 20;
+
+/** The ids by ascending score, equals by ascending id: as one number each, because numbers sort without a comparison function. */
+function ascending(scores: Float32Array, ids: Uint32Array): Uint32Array {
+  const bits = new Uint32Array(scores.buffer, scores.byteOffset, scores.length);
+  const keys = new Float64Array(ids.length);
+  for (let i = 0; i < ids.length; i++) {
+    const word = bits[ids[i]!]!;
+    // As whole numbers the bits of floats ascend, those of negative ones descend.
+    keys[i] = (word >= 2 ** 31 ? ~word >>> 0 : word + 2 ** 31) * IDS + ids[i]!;
+  }
+  return Uint32Array.from(keys.sort().map((key) => key % IDS));
 }

@@ -14,6 +14,8 @@ export function createAttention(gpu: Gpu, shape: { heads: number; kvHeads: numbe
   // What a lane keeps for the others must fit into workgroup memory: with wide heads on small devices fewer lanes do.
   const fits = gpu.limits.maxComputeWorkgroupStorageSize / (16 * (headDim / 2 + 1) + 4);
   const lanes = gpu.lanes === "subgroup" ? gpu.subgroup : fits >= 32 ? 32 : 16;
+  // A CPU driver takes minutes to compile many reads of workgroup memory.
+  const keys = gpu.lanes === "shared" && gpu.cpu ? 2 : 8;
   const slots = (n: number): Record<string, number> => gpu.lanes === "shared" ? { LANE_SLOTS: n } : {};
   const constants = { LANES: lanes, HEADS: heads, KV_HEADS: kvHeads, D4: headDim / 4 };
   const tiles = (rows: Rows) => Math.ceil(rows.count / lanes);
@@ -21,7 +23,7 @@ export function createAttention(gpu: Gpu, shape: { heads: number; kvHeads: numbe
     /** qkv `[rows, (H+2·KV)·D]` after rope, spans `[rows, 2]` u32; writes out `[rows, H·D]` and lse `[rows, H]`. */
     forward: (t: { rows: Rows; qkv: Tensor; spans: Tensor; out: Tensor; lse: Tensor }): Dispatch =>
       kernel.record("forward", {
-        constants: { ...constants, ...slots(headDim / 2) },
+        constants: { ...constants, ...slots(headDim / 2), KEYS: keys },
         bind: { rows: t.rows.buffer, qkv: t.qkv, spans: t.spans, out: t.out, lse: t.lse },
         grid: () => [tiles(t.rows), heads, 1],
       }),

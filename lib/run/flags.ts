@@ -41,6 +41,8 @@ export interface FlagOptions {
   readonly renamed?: Readonly<Record<string, string>>;
 }
 
+type Least<T> = { readonly [K in keyof T]?: T[K] extends number ? number : never };
+
 /** A string default that means "not given". */
 export const unset: string = "";
 
@@ -149,6 +151,19 @@ export function parseFlags<const T extends Readonly<Record<string, unknown>>>(
   return { ...result, _: given._.map(String) } as Flags<T>;
 }
 
+/** Throws a RangeError that names the flag where a number is below its `least`, or in `whole` and not a whole number. */
+export function checkNumbers<T extends Readonly<Record<string, unknown>>>(
+  opt: T,
+  { whole = {}, real = {} }: { readonly whole?: Least<T>; readonly real?: Least<T> },
+): void {
+  for (const [key, least] of Object.entries({ ...whole, ...real })) {
+    const value = opt[key] as number;
+    if (value >= least && (key in real || Number.isInteger(value))) continue;
+    const wanted = key in real ? "a number" : "a whole number";
+    throw new RangeError(`Cannot use --${kebab(key)} ${value}: ${wanted} of at least ${least} is wanted`);
+  }
+}
+
 /** The script's header comment and one line per flag: its default and the comment that stands beside it in `source`. */
 export function helpText(source: string, defaults: Readonly<Record<string, unknown>>, opt: Flags<unknown>): string {
   const header = /\/\*\*([\s\S]*?)\*\//.exec(source)?.[1] ?? "";
@@ -174,14 +189,16 @@ export function helpText(source: string, defaults: Readonly<Record<string, unkno
 }
 
 /**
- * From here on an uncaught error or rejection whose message starts with "Cannot " prints that message alone on stderr;
- * any other prints its stack; both exit 1.
+ * From here on an uncaught error or rejection prints one line on stderr where it is for the user: a message that starts
+ * with "Cannot ", or what the operating system refused, such as a full disk. Any other prints its stack. All exit 1.
  */
 export function installErrorHandler(): void {
   const report = (event: Event, error: unknown) => {
     event.preventDefault();
-    const known = error instanceof Error && error.message.startsWith("Cannot ");
-    console.error(known && Deno.env.get("DEBUG") !== "1" ? error.message : error);
+    const message = error instanceof Error ? error.message : "";
+    const refused = /\(os error \d+\)/.test(message);
+    const line = refused ? `Cannot go on: ${message.charAt(0).toLowerCase()}${message.slice(1)}` : message;
+    console.error(line.startsWith("Cannot ") && Deno.env.get("DEBUG") !== "1" ? line : error);
     Deno.exit(1);
   };
   globalThis.addEventListener("unhandledrejection", (event) => report(event, event.reason));

@@ -26,6 +26,8 @@ export interface Manifest {
 /** A stage at work in the folder `out`. */
 export interface Stage {
   readonly out: string;
+  /** Every file that the stage reads, as it was when the stage began. */
+  readonly reads: readonly FileRecord[];
   /** Hashes what lies under `out`, writes the manifest, and prints it as the last line of stdout. */
   done(result: { readonly numbers: Readonly<Record<string, unknown>>; readonly device?: string }): Promise<void>;
 }
@@ -54,7 +56,7 @@ export async function beginStage(
   const began = performance.now();
   const out = trim(opt.out);
   const inputs = options.reads.filter((path) => path !== "" && !path.startsWith("hf:")).map(trim);
-  for (const path of inputs) checkInput(path, out);
+  for (const path of inputs) checkInput(path, { out });
   const before = readManifest(out);
   const known = new Map(before?.reads.map((record) => [record.path, record]));
   for (const path of inputs) addUpstream(path, known);
@@ -67,6 +69,7 @@ export async function beginStage(
   const unlock = takeFolder(out, { name, owned: before?.script === name, keep: options.reuse ?? false });
   return {
     out,
+    reads,
     async done({ numbers, device }) {
       checkFinite("numbers", numbers);
       const writes = await records(
@@ -123,8 +126,8 @@ export function sha256File(path: string): string {
   return hash.digest("hex");
 }
 
-/** Throws when `path` is missing, or lies in a stage's folder that has no manifest. */
-function checkInput(path: string, out: string): void {
+/** Throws when `path` is missing, or lies in the folder of a stage that has no manifest, other than `out`. */
+export function checkInput(path: string, { out }: { readonly out?: string } = {}): void {
   const [, folder, number] = /^((?:.*\/)?(0[1-8])_[a-z0-9_]+)(?:\/|$)/.exec(path) ?? [];
   const remedy = number === undefined ? "no such file or folder" : `run "deno task ${number}" first`;
   if (!exists(path)) throw new Error(`Cannot read "${path}": ${remedy}`);
@@ -189,7 +192,7 @@ function takeFolder(out: string, stage: { name: string; owned: boolean; keep: bo
   const others = [...Deno.readDirSync(out)].map((entry) => entry.name).filter((name) => name !== LOCK);
   const left = exists(lock) ? Deno.readTextFileSync(lock) : "";
   const owned = stage.owned || left.startsWith(`${stage.name} `);
-  if (others.length > 0 && !owned && !stage.keep) {
+  if (others.length > 0 && !owned) {
     throw new Error(
       `Cannot write "${out}": it has files that ${stage.name} did not make ("${others[0]}"): ` +
         "name another folder with --out, or remove this one",
@@ -201,8 +204,8 @@ function takeFolder(out: string, stage: { name: string; owned: boolean; keep: bo
     file.close();
     throw new Error(`Cannot write "${out}": another process is at work there (${left.trim()}): wait for it or end it`);
   }
-  file.truncateSync();
-  file.writeSync(new TextEncoder().encode(`${stage.name} pid ${Deno.pid}\n`));
+  // Written over, then cut: a process that dies in between still leaves the name that tells whose folder this is.
+  file.truncateSync(file.writeSync(new TextEncoder().encode(`${stage.name} pid ${Deno.pid}\n`)));
   for (const name of others) {
     if (!stage.keep || name === MANIFEST) Deno.removeSync(`${out}/${name}`, { recursive: true });
   }

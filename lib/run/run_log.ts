@@ -11,7 +11,7 @@ export type LogEntry = Readonly<Record<string, unknown>> & { readonly step: numb
 /** An open log. */
 export interface RunLog {
   append(entry: LogEntry): void;
-  /** Size of the file: what a checkpoint remembers. */
+  /** Size of the file, all of it on the disk: what a checkpoint remembers. */
   bytes(): number;
   /** Losses of the updates and of the evaluations, in order. */
   losses(): { train: number[]; eval: number[] };
@@ -27,7 +27,9 @@ export async function openRunLog(path: string, bytes: number): Promise<RunLog> {
   const file = await Deno.open(path, { write: true, create: true, read: true });
   const { size } = await file.stat();
   if (size < bytes) {
-    throw new Error(`Cannot resume: "${path}" has ${size} bytes: its checkpoint was made with ${bytes}`);
+    file.close();
+    const state = `it has ${size} bytes, and had ${bytes} when the checkpoint was made`;
+    throw new Error(`Cannot go on with "${path}": ${state}: bring the file back, or start over with --no-resume`);
   }
   await file.truncate(bytes);
   file.close();
@@ -45,7 +47,10 @@ export async function openRunLog(path: string, bytes: number): Promise<RunLog> {
       written += line.length;
       entries.push(entry);
     },
-    bytes: () => written,
+    bytes() {
+      out.syncDataSync();
+      return written;
+    },
     losses: () => ({ train: column("loss").map(([, v]) => v), eval: column("eval_loss").map(([, v]) => v) }),
     async writeReport(dir, { title, device, state }) {
       const series: Series[] = [

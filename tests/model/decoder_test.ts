@@ -1,6 +1,7 @@
 /**
- * The cached forward pass against the whole one, and against itself in other batches. The largest error found between
- * the two is 1e-6 of the largest logit: they sum in different orders.
+ * The cached forward pass against the whole one, and against itself in other batches. The two sum in different orders: the
+ * largest difference found is 7e-7 of the largest logit without and 6e-6 with the adapters, which amplify roundings (the
+ * whole pass is 5e-6, the cached one 3e-6 away from the reference in 64 bits). The bounds are three times that.
  */
 import { assertEquals } from "@std/assert";
 import { Decoder } from "../../lib/model/decoder.ts";
@@ -38,7 +39,10 @@ for (const [config, adapter] of [["tiny", false], ["tiny", true], ["odd", true]]
         const whole = await llama.logits({ inputIds: ids, positionIds: ids.map((_, i) => i) });
         assertEquals(found[t]!.length, 13 - t);
         found[t]!.forEach((row, i) =>
-          assertClose(row, whole[ids.length - 13 + i]!, { max: 1e-5, name: `text ${t}, ${i} steps after its prompt` })
+          assertClose(row, whole[ids.length - 13 + i]!, {
+            max: adapter ? 2e-5 : 2e-6,
+            name: `text ${t}, ${i} steps after its prompt`,
+          })
         );
       }
       await decoder.settle();

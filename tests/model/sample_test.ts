@@ -62,10 +62,11 @@ Deno.test("distribution() gives the reference's over a large vocabulary, whateve
 
 Deno.test("top-p keeps the token that crosses and compares in 32 bits; the repetition penalty counts a token once", () => {
   const logits = Float32Array.from([0.4, 0.3, 0.2, 0.1], Math.log);
-  const kept = (topP: number) => distribution(logits, { seen: new Set(), sampling: { ...NEUTRAL, topP } }).ids;
+  const kept = (topP: number) =>
+    Array.from(distribution(logits, { seen: new Set(), sampling: { ...NEUTRAL, topP } }).ids);
   assertEquals([kept(0.9), kept(0.5), kept(1e-9), kept(1)], [[0, 1, 2], [0, 1], [0], [0, 1, 2, 3]]);
   const equal = { seen: new Set<number>(), sampling: { ...NEUTRAL, topP: 0.5 } };
-  assertEquals(distribution(new Float32Array(5), equal).ids, [2, 3, 4]); // what torch was seen to keep
+  assertEquals(distribution(new Float32Array(5), equal).ids, Uint32Array.of(2, 3, 4)); // what torch was seen to keep
   const sampling = { ...NEUTRAL, repetitionPenalty: 2 };
   const p = spread(Float32Array.from([1, -1, 1, -1]), { seen: [0, 0, 1], sampling });
   assertClose(p.map((x) => Math.log(x / p[2]!)), [-0.5, -3, 0, -2], { max: 1e-6, name: "penalized" });

@@ -1,0 +1,112 @@
+/** ask as a process: what it answers with, which prompt it makes, and its refusals. */
+import { assert, assertEquals, assertMatch } from "@std/assert";
+import { chatTemplate } from "../../lib/data/template.ts";
+import { loadTokenizer } from "../../lib/data/tokenizer.ts";
+import { generateAll } from "../../lib/model/generate.ts";
+import { goldenPath } from "../check.ts";
+
+const SCRIPT = new URL("../../scripts/ask.ts", import.meta.url).pathname;
+const CONFIG = new URL("../../deno.json", import.meta.url).pathname;
+const NOTICE = "A research model: it errs, and it is not for clinical use.";
+const ignore = (await navigator.gpu?.requestAdapter()) == null && Deno.env.get("REQUIRE_GPU") !== "1";
+const adapter = goldenPath("tiny/generate_adapter");
+const tokenizer = loadTokenizer(goldenPath("tiny/tokenizer"));
+const { greedy }: {
+  greedy: { model: string; repetition_penalty: number; prompt_ids: number[]; new_ids: number[] }[];
+} = JSON.parse(Deno.readTextFileSync(goldenPath("tiny/generate.json")));
+
+async function ask(dir: string, args: string[]): Promise<{ code: number; out: string; err: string }> {
+  const command = new Deno.Command(Deno.execPath(), {
+    args: ["run", "-A", "--config", CONFIG, SCRIPT, ...args],
+    cwd: dir,
+    env: { NO_COLOR: "1", RECIPE: "tiny" },
+  });
+  const { code, stdout, stderr } = await command.output();
+  const text = new TextDecoder();
+  return { code, out: text.decode(stdout), err: text.decode(stderr) };
+}
+
+/** The answer between the notice and the last line. */
+function answerOf(out: string): string {
+  const [, answer] = new RegExp(`^${NOTICE}\n\n([^]*)\n\n\\d+ tokens in [^\n]+\n$`).exec(out) ?? [];
+  assert(answer !== undefined, out);
+  return answer;
+}
+
+function copy(from: string, to: string): void {
+  Deno.mkdirSync(to, { recursive: true });
+  for (const { name } of Deno.readDirSync(from)) Deno.copyFileSync(`${from}/${name}`, `${to}/${name}`);
+}
+
+async function trial(body: (dir: string) => Promise<void>): Promise<void> {
+  const dir = Deno.makeTempDirSync();
+  await body(dir).finally(() => Deno.removeSync(dir, { recursive: true }));
+}
+
+Deno.test("ask --raw --greedy writes transformers' text: converted model and adapter, then the merged model", {
+  ignore,
+}, () =>
+  trial(async (dir) => {
+    const how = ["--raw", "--greedy", "--max-new-tokens", "40", "--repetition-penalty"];
+    const expected = async (model: string, penalty: number) => {
+      const { prompt_ids, new_ids } = greedy.find((of) => of.model === model && of.repetition_penalty === penalty)!;
+      const { code, out, err } = await ask(dir, [tokenizer.decode(prompt_ids), ...how, String(penalty)]);
+      assertEquals([code, err], [0, ""]);
+      assertEquals(answerOf(out), tokenizer.decode(new_ids, { skipSpecialTokens: true }));
+      assertMatch(out, /\n40 tokens in [\d.]+ m?s, [\d,]+ tokens\/s, cut off by --max-new-tokens\n$/);
+    };
+    copy(goldenPath("tiny/model_hf"), `${dir}/artifacts/01_convert`);
+    copy(goldenPath("tiny/tokenizer"), `${dir}/artifacts/01_convert`);
+    copy(adapter, `${dir}/artifacts/05_train/adapter`);
+    await expected("model_hf + generate_adapter", 1.1);
+    copy(`${dir}/artifacts/01_convert`, `${dir}/artifacts/07_merge/merged_model`);
+    await expected("model_hf", 1);
+  }));
+
+Deno.test(
+  "ask makes the prompt with the template beside the model, and draws by the seed",
+  { ignore },
+  () =>
+    trial(async (dir) => {
+      copy(goldenPath("tiny/model_hf"), `${dir}/model`);
+      copy(goldenPath("tiny/tokenizer"), `${dir}/model`);
+      const source = {
+        template: "{{ messages[0].content }} = {{ messages[1].content }}?",
+        system: "so",
+        eos_token: "",
+      };
+      Deno.writeTextFileSync(`${dir}/model/template.json`, JSON.stringify(source));
+      const prompt = tokenizer.encode(chatTemplate(source).renderPrompt("why not"));
+      const expected = async (seed: number) => {
+        const sampling = { temperature: 0.7, topP: 0.9, topK: 5, repetitionPenalty: 1.1, maxNewTokens: 30, seed };
+        const [answer] = await generateAll({ model: `${dir}/model`, adapter, ...sampling }, [prompt]);
+        return tokenizer.decode(answer!.ids, { skipSpecialTokens: true });
+      };
+      const given = ["--model", "model", "--adapter", adapter, "--max-new-tokens", "30", "--top-k", "5"];
+      assertEquals(answerOf((await ask(dir, ["why", "not", ...given])).out), await expected(42));
+      assertEquals(answerOf((await ask(dir, ["why not", ...given, "--seed", "9"])).out), await expected(9));
+    }),
+);
+
+Deno.test("ask refuses in one line what it cannot do", { ignore }, () =>
+  trial(async (dir) => {
+    copy(goldenPath("tiny/model_hf"), `${dir}/model`);
+    copy(goldenPath("tiny/tokenizer"), `${dir}/model`);
+    const refused: [string[], string][] = [
+      [[], 'Cannot answer: there is no question: ask one, as in deno task ask "What are the symptoms of anemia?"'],
+      [
+        ["why"],
+        'Cannot answer: there is neither "artifacts/07_merge/merged_model" nor "artifacts/05_train/adapter": ' +
+        'run "deno task train" first',
+      ],
+      [["why", "--temperature", "0"], "Cannot sample with temperature 0: a number above 0, or greedy choice is wanted"],
+      [
+        ["1 ".repeat(300), "--model", "model", "--raw"],
+        "Cannot generate from a prompt of 301 tokens: the context has 256 for it and the answer",
+      ],
+    ];
+    for (const [args, message] of refused) {
+      const { code, err } = await ask(dir, args);
+      assertEquals([code, err.trim()], [1, message]);
+    }
+  }));
