@@ -64,7 +64,8 @@ fn sum_squares(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_in
     }
   }
   let all = lanes_sum(sum, lane);
-  if (lane == 0u) {
+  // A folded grid has workgroups past the end.
+  if (lane == 0u && part * 4096u < COUNT) {
     partial[PART + part] = all;
   }
 }
@@ -77,8 +78,9 @@ fn clip(@builtin(local_invocation_index) lane: u32) {
   }
   let total = sqrt(lanes_sum(sum, lane));
   if (lane == 0u) {
-    let coefficient = select(1.0, min(1.0, step.max_norm / (total + 1e-6)), step.max_norm > 0.0);
-    norm[0] = vec4f(total, coefficient, 0.0, 0.0);
+    // Not min: a norm that is NaN stays one, as in torch.nn.utils.clip_grad_norm_.
+    let coefficient = step.max_norm / (total + 1e-6);
+    norm[0] = vec4f(total, select(coefficient, 1.0, coefficient > 1.0 || step.max_norm == 0.0), 0.0, 0.0);
     norms[u32(step.slot)] = total;
   }
 }
@@ -104,7 +106,11 @@ fn stepped(p: f32, update: f32) -> f32 {
 
 @compute @workgroup_size(LANES)
 fn step32(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {
-  let block = blocks[group.x + group.y * 32768u];
+  let index = group.x + group.y * 32768u;
+  if (index >= arrayLength(&blocks)) {
+    return;
+  }
+  let block = blocks[index];
   let coefficient = norm[0].y;
   for (var i = lane; i < block.z; i += LANES) {
     let at = place(block, block.y + i);
@@ -149,6 +155,9 @@ fn negative(value: f32) -> bool {
 @compute @workgroup_size(LANES)
 fn step8(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {
   let index = group.x + group.y * 32768u;
+  if (index >= arrayLength(&blocks)) {
+    return;
+  }
   let block = blocks[index];
   let coefficient = norm[0].y;
   let old = absmax[index];
@@ -187,7 +196,7 @@ fn step8(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) l
         let at = place(block, block.y + i);
         let m_now = m[w * 4u + b];
         let v_now = v[w * 4u + b];
-        if (abs(grad[at]) <= 3.4028234e38) {
+        if (abs(grad[at] * coefficient) <= 3.4028234e38) {
           param[at] = stepped(param[at], step.lr * step.c2 / step.c1 * (m_now / (sqrt(v_now) + step.c2 * step.eps)));
         }
         var code = 0u;

@@ -156,7 +156,7 @@ fn backward_q(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_ind
       lanes_keep(D4 + d, qkv[key + KV_HEADS * D4 + d], lane);
     }
     lanes_end();
-    // unroll up to 16
+    // unroll up to 8
     for (var j = 0u; j < LANES; j++) {
       var scores = vec4f(0.0);
       var dp = vec4f(0.0);
@@ -213,7 +213,7 @@ fn backward_kv(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_in
       }
       lanes_keep(2u * D4, vec4f(lse[query * HEADS + head], delta[query * HEADS + head], 0.0, 0.0), lane);
       lanes_end();
-      // unroll up to 16
+      // unroll up to 8
       for (var i = 0u; i < LANES; i++) {
         var scores = vec4f(0.0);
         var dp = vec4f(0.0);

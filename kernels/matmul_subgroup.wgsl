@@ -25,6 +25,7 @@ const OUT = 2u; // out += product
 
 override LANES: u32 = 8u;
 override W_TYPE: u32 = 0u;
+override LORA: u32 = 0u; // 1: the product has a low-rank term
 
 struct Dims {
   m: u32,
@@ -149,8 +150,7 @@ fn nt(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
   let column = tile.column + lane * 4u;
   let safe = min(column, tile.end - 4u);
   // Uniforms are read before the loop: a CPU driver hoists nothing.
-  let base = dims.k;
-  let inner = base + tile.r;
+  let inner = dims.k;
   let stride = dims.w_stride;
   let w0 = dims.w_offset + safe * stride;
   let lora_w0 = (tile.lora_w + (safe - tile.start) * dims.lora_w_stride) >> 2u;
@@ -167,41 +167,46 @@ fn nt(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
   var a: array<vec4f, 8>;
   var b: array<vec4f, 8>;
   for (var k = 0u; k < inner; k += 8u) {
-    var b0: mat2x4f;
-    var b1: mat2x4f;
-    var b2: mat2x4f;
-    var b3: mat2x4f;
-    if (k < base) {
-      // unroll
-      for (var g = 0u; g < 32u / LANES; g++) {
-        let at = x_row[g] + (k >> 2u);
-        a[g * 2u] = x[at];
-        a[g * 2u + 1u] = x[at + 1u];
-      }
-      let at = w0 + k;
-      b0 = weight8(at);
-      b1 = weight8(at + stride);
-      b2 = weight8(at + 2u * stride);
-      b3 = weight8(at + 3u * stride);
-    } else {
-      let r = (k - base) >> 2u;
-      // unroll
-      for (var g = 0u; g < 32u / LANES; g++) {
-        let at = lora_row[g] + r;
-        a[g * 2u] = lora_x[at];
-        a[g * 2u + 1u] = lora_x[at + 1u];
-      }
-      let at = lora_w0 + r;
-      b0 = mat2x4f(lora_w[at], lora_w[at + 1u]);
-      b1 = mat2x4f(lora_w[at + next], lora_w[at + next + 1u]);
-      b2 = mat2x4f(lora_w[at + 2u * next], lora_w[at + 2u * next + 1u]);
-      b3 = mat2x4f(lora_w[at + 3u * next], lora_w[at + 3u * next + 1u]);
+    // unroll
+    for (var g = 0u; g < 32u / LANES; g++) {
+      let at = x_row[g] + (k >> 2u);
+      a[g * 2u] = x[at];
+      a[g * 2u + 1u] = x[at + 1u];
     }
+    let at = w0 + k;
+    let b0 = weight8(at);
+    let b1 = weight8(at + stride);
+    let b2 = weight8(at + 2u * stride);
+    let b3 = weight8(at + 3u * stride);
     // unroll
     for (var q = 0u; q < 8u; q++) {
       b[q] = vec4f(b0[q / 4u][q % 4u], b1[q / 4u][q % 4u], b2[q / 4u][q % 4u], b3[q / 4u][q % 4u]);
     }
     multiply(&c, &a, &b);
+  }
+  // A loop of its own: a branch inside the loop above would cost a CPU driver a quarter of its speed.
+  if (LORA == 1u) {
+    for (var r = 0u; r < tile.r; r += 8u) {
+      // unroll
+      for (var g = 0u; g < 32u / LANES; g++) {
+        let at = lora_row[g] + (r >> 2u);
+        a[g * 2u] = lora_x[at];
+        a[g * 2u + 1u] = lora_x[at + 1u];
+      }
+      // unroll
+      for (var h = 0u; h < 2u; h++) {
+        let at = lora_w0 + (r >> 2u) + h;
+        let b0 = lora_w[at];
+        let b1 = lora_w[at + next];
+        let b2 = lora_w[at + 2u * next];
+        let b3 = lora_w[at + 3u * next];
+        // unroll
+        for (var q = 0u; q < 4u; q++) {
+          b[h * 4u + q] = vec4f(b0[q], b1[q], b2[q], b3[q]);
+        }
+      }
+      multiply(&c, &a, &b);
+    }
   }
   // unroll
   for (var i = 0u; i < 32u; i++) {
@@ -217,8 +222,8 @@ fn nn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
   let last = rows.x - 1u;
   let column = (group.x * LANES + lane) * 4u;
   let safe = min(column, dims.n - 4u);
-  let base = dims.k;
-  let inner = base + dims.r0;
+  let inner = dims.k;
+  let rank = dims.r0;
   let stride = dims.w_stride;
   let w0 = dims.w_offset + safe;
   let lora_stride = dims.lora_w_stride >> 2u;
@@ -235,19 +240,20 @@ fn nn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
   var a: array<vec4f, 8>;
   var b: array<vec4f, 8>;
   for (var k = 0u; k < inner; k += 8u) {
-    if (k < base) {
-      // unroll
-      for (var g = 0u; g < 32u / LANES; g++) {
-        let at = x_row[g] + (k >> 2u);
-        a[g * 2u] = x[at];
-        a[g * 2u + 1u] = x[at + 1u];
-      }
-      // unroll
-      for (var q = 0u; q < 8u; q++) {
-        b[q] = weight4(w0 + (k + q) * stride);
-      }
-    } else {
-      let r = k - base;
+    // unroll
+    for (var g = 0u; g < 32u / LANES; g++) {
+      let at = x_row[g] + (k >> 2u);
+      a[g * 2u] = x[at];
+      a[g * 2u + 1u] = x[at + 1u];
+    }
+    // unroll
+    for (var q = 0u; q < 8u; q++) {
+      b[q] = weight4(w0 + (k + q) * stride);
+    }
+    multiply(&c, &a, &b);
+  }
+  if (LORA == 1u) {
+    for (var r = 0u; r < rank; r += 8u) {
       // unroll
       for (var g = 0u; g < 32u / LANES; g++) {
         let at = lora_row[g] + (r >> 2u);
@@ -258,8 +264,8 @@ fn nn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
       for (var q = 0u; q < 8u; q++) {
         b[q] = lora_w[lora_w0 + (r + q) * lora_stride];
       }
+      multiply(&c, &a, &b);
     }
-    multiply(&c, &a, &b);
   }
   // unroll
   for (var i = 0u; i < 32u; i++) {

@@ -24,7 +24,7 @@ import { BLOG_SYSTEM, BLOG_TEMPLATE, chatTemplate } from "../lib/data/template.t
 import { loadTokenizer } from "../lib/data/tokenizer.ts";
 import { fetchRepo } from "../lib/hub/download.ts";
 import { readConfig } from "../lib/model/config.ts";
-import { byRecipe, choice, flags, unset } from "../lib/run/flags.ts";
+import { byRecipe, checkNumbers, choice, flags, unset } from "../lib/run/flags.ts";
 import { beginStage, sha256File, writeJson } from "../lib/run/manifest.ts";
 import { count, dim, percent, progress, table } from "../lib/run/print.ts";
 
@@ -44,6 +44,7 @@ const opt = flags(import.meta, {
   limit: 0, // records of each split; 0 for all
   hubUrl: unset, // another hub than huggingface.co, for hf: sources
 }, { renamed: { maxLength: "maxSeqLength", packingStrategy: "packing" } });
+checkNumbers(opt, { whole: { maxSeqLength: 2, limit: 0 } });
 const tokenizerFiles = ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "config.json"]
   .map((name) => `${opt.tokenizer}/${name}`).filter(exists);
 const templateFile = [unset, "tokenizer"].includes(opt.template) ? "" : opt.template;

@@ -9,6 +9,7 @@
  * writes  artifacts/04_lora/adapter_config.json  adapter_model.safetensors  manifest.json
  */
 import { openModel } from "../lib/data/safetensors.ts";
+import { describeAdapter } from "../lib/gpu/device.ts";
 import {
   adapterTensors,
   initAdapter,
@@ -20,7 +21,7 @@ import {
 import { linearModules, readConfig, readJsonObject } from "../lib/model/config.ts";
 import { adapterIsNoop } from "../lib/model/llama.ts";
 import { countElements } from "../lib/model/quantized.ts";
-import { byRecipe, choice, flags, unset } from "../lib/run/flags.ts";
+import { byRecipe, checkNumbers, choice, flags, unset } from "../lib/run/flags.ts";
 import { beginStage } from "../lib/run/manifest.ts";
 import { bytes, count, percent, table } from "../lib/run/print.ts";
 
@@ -35,6 +36,7 @@ const opt = flags(import.meta, {
   dtype: choice(["float32", "bfloat16"]), // of the adapter file; it trains in float32
   baseModel: unset, // where the 16-bit base will be found, if not where stage 02 read it
 });
+checkNumbers(opt, { whole: { r: 1, seed: 0 }, real: { alpha: 0, dropout: 0 } });
 const stage = await beginStage("04_lora", opt, { reads: [opt.model] });
 
 // 1. What the adapter is for: PEFT must find the 16-bit base, not the 4-bit copy of it.
@@ -95,4 +97,5 @@ await stage.done({
     scaling: scaling(lora),
     fresh_adapter_is_noop: noop,
   },
+  device: await describeAdapter(),
 });

@@ -10,16 +10,16 @@
  * reads   artifacts/02_load  artifacts/03_dataset  artifacts/04_lora
  * writes  artifacts/05_train/adapter (or model)  checkpoints/  log.jsonl  trainer_state.json  report.html  manifest.json
  */
-import { evaluationBatches, mostTokens, trainingBatches, type UpdateBatches } from "../lib/data/batches.ts";
-import { readRows } from "../lib/data/dataset.ts";
+import { checkRows, evaluationBatches, mostTokens, trainingBatches, type UpdateBatches } from "../lib/data/batches.ts";
+import { type PackedRows, readRows } from "../lib/data/dataset.ts";
 import { readAdapter } from "../lib/model/adapter.ts";
 import { listCheckpoints, loadCheckpoint, pruneCheckpoints, saveCheckpoint } from "../lib/model/checkpoint.ts";
-import { readJsonObject } from "../lib/model/config.ts";
+import { readConfig, readJsonObject } from "../lib/model/config.ts";
 import { copyFolder, saveTrained } from "../lib/model/save.ts";
 import { learningRate, plannedSteps, warmupSteps } from "../lib/model/schedule.ts";
 import { Trainer } from "../lib/model/trainer.ts";
-import { byRecipe, choice, flags } from "../lib/run/flags.ts";
-import { beginStage, readManifest, sha256File } from "../lib/run/manifest.ts";
+import { byRecipe, checkNumbers, choice, flags } from "../lib/run/flags.ts";
+import { beginStage, checkInput, readManifest } from "../lib/run/manifest.ts";
 import { bytes, count, duration, table } from "../lib/run/print.ts";
 import { openRunLog } from "../lib/run/run_log.ts";
 
@@ -58,13 +58,29 @@ const opt = flags(import.meta, {
   },
 });
 
+checkNumbers(opt, {
+  whole: {
+    batchSize: 1,
+    gradientAccumulation: 1,
+    loggingSteps: 1,
+    maxSteps: 0,
+    evalBatchSize: 0,
+    evalSteps: 0,
+    seed: 0,
+  },
+  real: { epochs: 0, learningRate: 0, warmupRatio: 0, weightDecay: 0, beta1: 0, beta2: 0, eps: 0, maxGradNorm: 0 },
+});
+checkNumbers(opt, { whole: { saveSteps: 0, saveTotalLimit: 0 } });
+
 // 1. What is trained on what.
+checkInput(opt.model);
 const { mode } = readJsonObject(`${opt.model}/load.json`) as { mode: "qlora" | "lora" | "full" };
 const reads = [opt.model, opt.dataset, ...(mode === "full" ? [] : [opt.adapter])];
 const finished = readManifest(opt.out) !== undefined; // its checkpoints are of a run that is over
-const stage = await beginStage("05_train", opt, { reads, reuse: true });
-const train = readRows(`${opt.dataset}/train.safetensors`);
-const validation = readRows(`${opt.dataset}/validation.safetensors`);
+const { resume, loggingSteps, ...recorded } = opt; // these two change nothing of what is written
+const stage = await beginStage("05_train", recorded, { reads, reuse: true });
+const config = readConfig(opt.model);
+const [train, validation] = readDataset() as [PackedRows, PackedRows];
 const rows = train.rowOffsets.length - 1;
 const accumulation = opt.gradientAccumulation;
 const { batchesPerEpoch, stepsPerEpoch, totalSteps } = plannedSteps({ rows, ...opt, accumulation });
@@ -75,7 +91,12 @@ const tokens = Math.max(mostTokens(train, opt.batchSize), ...evaluation.batches.
 
 // 2. The model on the GPU, its memory as a table.
 const began = performance.now();
-const adapter = mode === "full" ? undefined : readAdapter(opt.adapter);
+const adapter = mode === "full" ? undefined : readAdapter(opt.adapter, config);
+if (adapter && adapter.lora.lora_dropout > 0) {
+  throw new RangeError(
+    `Cannot train "${opt.adapter}": its lora_dropout is ${adapter.lora.lora_dropout}: only 0 is known`,
+  );
+}
 const trainer = await Trainer.open({ ...opt, adapter, tokens, train: mode === "full" ? "full" : "lora", hyper: opt });
 const { gpu } = trainer.llama;
 const trainable = trainer.trainable, memory = trainer.memory();
@@ -91,9 +112,12 @@ console.log(table([
 
 // 3. Where an interrupted run left it.
 const checkpoints = `${opt.out}/checkpoints`;
-const { out: _out, force, verbose: _verbose, help: _help, resume, loggingSteps, ...fixed } = opt;
-const settings = JSON.stringify({ ...fixed, rows: sha256File(`${opt.dataset}/train.safetensors`) });
-if (force || !resume || finished) await Deno.remove(checkpoints, { recursive: true }).catch(() => {});
+const free = ["out", "force", "verbose", "help", "saveSteps", "saveTotalLimit", "_"];
+const settings = JSON.stringify({
+  flags: Object.fromEntries(Object.entries(recorded).filter(([key]) => !free.includes(key))),
+  files: Object.fromEntries(stage.reads.map(({ path, sha256 }) => [path, sha256])),
+});
+if (opt.force || !resume || finished) await Deno.remove(checkpoints, { recursive: true }).catch(() => {});
 const last = listCheckpoints(checkpoints).at(-1);
 let { step, logBytes, best } = last
   ? await loadCheckpoint(last.path, { trainer, settings })
@@ -155,9 +179,8 @@ if (firstLoss !== undefined && Math.abs(losses[0]! - firstLoss) > 1e-5 * firstLo
 const tokensPerSecond = speed.ms > 0 ? 1000 * speed.tokens / speed.ms : 0;
 const change = (values: readonly number[]) => `${values[0]!.toFixed(4)} to ${values.at(-1)!.toFixed(4)}`;
 console.log(`\nLoss ${change(losses)}, validation ${change(evalLosses)}, the best after update ${best!.step}.`);
-console.log(
-  `${count(tokensPerSecond)} tokens/s, ${duration(performance.now() - began)} in all: see ${opt.out}/report.html`,
-);
+const speedShown = tokensPerSecond > 0 ? `${count(tokensPerSecond)} tokens/s, ` : "";
+console.log(`${speedShown}${duration(performance.now() - began)} in all: see ${opt.out}/report.html`);
 await stage.done({
   device: gpu.name,
   numbers: {
@@ -179,6 +202,21 @@ await stage.done({
   },
 });
 
+/** The rows of both splits, checked against the model: a mistake shows now and not after an hour. */
+function readDataset(): PackedRows[] {
+  const tokenizer = stage.reads.find(({ path }) => path === `${opt.model}/tokenizer.json`)?.sha256;
+  return ["train", "validation"].map((split) => {
+    const path = `${opt.dataset}/${split}.safetensors`;
+    const rows = readRows(path), made = rows.metadata.tokenizer_sha256;
+    if (tokenizer !== undefined && made !== undefined && made !== tokenizer) {
+      const state = `its tokens are not of the tokenizer in "${opt.model}"`;
+      throw new Error(`Cannot use "${path}": ${state}: run "deno task 03" with the --tokenizer of this model`);
+    }
+    checkRows(rows, { path, vocabulary: config.vocab_size, positions: config.max_position_embeddings });
+    return rows;
+  });
+}
+
 /** Reads the losses of the updates since the last time, logs each of them, and shows one now and then. */
 async function readLosses(): Promise<void> {
   const results = await trainer.read();
@@ -188,6 +226,10 @@ async function readLosses(): Promise<void> {
     const update = unread.get(number)!;
     unread.delete(number);
     const { rate, epoch, rows } = update;
+    if (!Number.isFinite(loss) || !Number.isFinite(gradNorm)) {
+      const state = `the loss of update ${number} is ${loss} and its gradient norm ${gradNorm}`;
+      throw new Error(`Cannot go on: ${state}: lower --learning-rate, or look at its rows, ${rows.flat().join(", ")}`);
+    }
     log.append({ step: number, epoch, loss, grad_norm: gradNorm, learning_rate: rate, tokens, rows, ms });
     // The first update waits for the driver to compile.
     if (number > 1) {
@@ -202,13 +244,16 @@ async function readLosses(): Promise<void> {
       `lr ${rate.toExponential(2)}`,
       duration(ms).padStart(7),
       `${count(1000 * update.tokens / ms).padStart(6)} tok/s`,
-      `${duration(ms * (totalSteps - number))} left`,
+      number < totalSteps ? `${duration(ms * (totalSteps - number))} left` : "",
     ]);
   }
 }
 
 async function evaluate(): Promise<void> {
   const { evalLoss, nllSum, tokens } = await trainer.evaluate(evaluation.batches, evaluation.rows);
+  if (!Number.isFinite(evalLoss)) {
+    throw new Error(`Cannot go on: the validation loss after update ${step} is ${evalLoss}: lower --learning-rate`);
+  }
   const perplexity = Math.exp(nllSum / tokens);
   log.append({ step, eval_loss: evalLoss, eval_perplexity: perplexity });
   const improved = best === null || evalLoss < best.evalLoss;

@@ -2,7 +2,15 @@
  * Micro-batches of a run: which rows form each update, in the Hugging Face Trainer's order, and rows gathered side by side
  * with the token that each position predicts. Nothing is padded and nothing is remembered: update n is a function of n.
  */
-import { epochOrder, gatherRows, microBatches, nextTokenTargets, type PackedRows } from "./dataset.ts";
+import {
+  epochOrder,
+  gatherRows,
+  IGNORED,
+  microBatches,
+  nextTokenTargets,
+  type PackedRows,
+  unlearntRows,
+} from "./dataset.ts";
 
 /** Rows side by side; `targets[i]` is the token that token i has to predict, or −100. */
 export interface Batch {
@@ -20,6 +28,31 @@ export interface UpdateBatches {
   readonly epoch: number;
   /** Tokens of all micro-batches, learnt or not. */
   readonly tokens: number;
+}
+
+/**
+ * Throws a RangeError unless a model with this vocabulary and this many positions can read every row of the file `path`
+ * and learn something from each.
+ */
+export function checkRows(
+  rows: PackedRows,
+  { path, vocabulary, positions }: { readonly path: string; readonly vocabulary: number; readonly positions: number },
+): void {
+  const refuse = (state: string, remedy: string) => {
+    throw new RangeError(`Cannot use "${path}": ${state}: ${remedy}`);
+  };
+  if (rows.rowOffsets.length < 2) refuse("it has no rows", "give stage 03 more records");
+  const longest = 1 + rows.positionIds.reduce((most, position) => Math.max(most, position), 0);
+  if (longest > positions) {
+    refuse(`it has documents of ${longest} tokens, the model ${positions} positions`, "lower 03's --max-seq-length");
+  }
+  const strange = (id: number) => id < 0 || id >= vocabulary;
+  const id = rows.inputIds.find(strange) ?? rows.labels.find((label) => label !== IGNORED && strange(label));
+  if (id !== undefined) {
+    refuse(`it has token ${id}, the model a vocabulary of ${vocabulary}`, "give 03 the --tokenizer of this model");
+  }
+  const [unlearnt] = unlearntRows(rows);
+  if (unlearnt !== undefined) refuse(`all labels of row ${unlearnt} are masked`, "leave out rows that teach nothing");
 }
 
 /** Rows `which`, side by side. */

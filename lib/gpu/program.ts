@@ -1,6 +1,6 @@
 /**
- * Programs: lists of recorded commands, encoded into as few compute passes as they allow and submitted once.
- * Nothing is read back here.
+ * Programs: lists of recorded commands, encoded into as few compute passes as they allow and submitted once, or one pass
+ * each where their times are wanted. Results stay on the GPU.
  */
 import type { Gpu } from "./device.ts";
 import type { Command, Dispatch } from "./kernel.ts";
@@ -15,47 +15,138 @@ export function run(gpu: Gpu, commands: readonly Command[]): void {
     pass = pipeline = undefined;
   };
   for (const command of commands) {
-    if ("clear" in command) {
+    if (!isDispatch(command)) {
       endPass();
-      encoder.clearBuffer(command.clear.buffer);
-    } else if ("copy" in command) {
-      endPass();
-      encoder.copyBufferToBuffer(command.copy.from.buffer, 0, command.copy.to.buffer, 0, command.copy.bytes);
-    } else {
-      const grid = command.grid();
-      if (!grid || grid[0] * grid[1] * grid[2] === 0) continue;
-      pass ??= encoder.beginComputePass();
-      if (pipeline !== command.pipeline) pass.setPipeline(pipeline = command.pipeline);
-      pass.setBindGroup(0, command.bindGroup);
-      pass.dispatchWorkgroups(...grid);
+      encodeTransfer(encoder, command);
+      continue;
     }
+    const grid = command.grid();
+    if (!grid || grid[0] * grid[1] * grid[2] === 0) continue;
+    pass ??= encoder.beginComputePass();
+    if (pipeline !== command.pipeline) pass.setPipeline(pipeline = command.pipeline);
+    pass.setBindGroup(0, command.bindGroup);
+    pass.dispatchWorkgroups(grid[0], grid[1], grid[2]);
   }
   endPass();
   gpu.queue.submit([encoder.finish()]);
 }
 
-/** Time on the device of one recorded dispatch. */
+/** When one recorded dispatch ran on the device: `start` in ms after the first one began. */
 export interface Timing {
   readonly label: string;
+  readonly start: number;
   readonly ms: number;
 }
 
 /**
- * Runs `commands` with one pass per dispatch and returns how long each took on the device, by timestamp queries, or by
- * waiting for each where the device has none. Slower than `run`: for measuring only.
+ * Runs `commands` with one pass per dispatch and returns when each ran on the device, by timestamp queries, or by waiting
+ * for each where the device has none. Same results as `run`, but slower: for measuring only.
  */
 export async function profile(gpu: Gpu, commands: readonly Command[]): Promise<Timing[]> {
-  const timings: Timing[] = [];
-  for (const command of commands) {
-    const before = performance.now();
-    run(gpu, [command]);
+  const passes = commands.map((command) => isDispatch(command) ? [command] : command);
+  const spans = await timePasses(gpu, passes);
+  const labels = commands.filter(isDispatch).filter((command) => command.grid() !== null).map(({ label }) => label);
+  return spans.map(({ start, ms }, i) => ({ label: labels[i]!, start, ms }));
+}
+
+/** When a pass ran: `start` in ms after the first pass of the call began. */
+export type Span = Omit<Timing, "label">;
+
+/** Passes per set of queries: WebGPU allows 4,096 of them, a pass takes two. */
+const PASSES = 2048;
+
+/**
+ * Runs each list of dispatches in a compute pass of its own, other commands between them, and returns when each pass ran,
+ * the empty ones left out. The wait for the device is not in the times.
+ */
+export async function timePasses(gpu: Gpu, passes: readonly (readonly Dispatch[] | Command)[]): Promise<Span[]> {
+  const work = passes.filter((pass) => !isList(pass) || pass.some((dispatch) => dispatch.grid() !== null));
+  if (!gpu.timestamps) return await timeByWaiting(gpu, work);
+  await gpu.queue.onSubmittedWorkDone();
+  const began = performance.now(), stamps: bigint[] = [];
+  for (let first = 0; first < work.length; first += PASSES) {
+    stamps.push(...await stampPasses(gpu, work.slice(first, first + PASSES)));
+  }
+  const zero = stamps[0] ?? 0n, ticks = stamps.map((stamp) => Number(stamp - zero));
+  const tick = tickLength(Math.max(0, ...ticks), performance.now() - began);
+  return Array.from({ length: ticks.length / 2 }, (_, i) => {
+    const [start, end] = [ticks[2 * i]!, ticks[2 * i + 1]!];
+    return { start: start * tick, ms: (end - start) * tick };
+  });
+}
+
+/**
+ * Milliseconds per tick of the device's clock. A tick is a nanosecond on most devices, and Deno does not tell where it is
+ * not: there the wall clock, which is a wait too long, shows it.
+ */
+function tickLength(ticks: number, wallMs: number): number {
+  const ratio = wallMs / (ticks * 1e-6);
+  return ticks > 0 && wallMs > 100 && ratio > 4 ? wallMs / ticks : 1e-6;
+}
+
+async function stampPasses(gpu: Gpu, work: readonly (readonly Dispatch[] | Command)[]): Promise<BigUint64Array> {
+  const { device, queue } = gpu, count = 2 * work.filter(isList).length;
+  if (count === 0) {
+    run(gpu, work as readonly Command[]);
+    return new BigUint64Array(0);
+  }
+  const querySet = device.createQuerySet({ type: "timestamp", count }), size = 8 * count;
+  const resolved = device.createBuffer({ size, usage: GPUBufferUsage.QUERY_RESOLVE | GPUBufferUsage.COPY_SRC });
+  const staging = device.createBuffer({ size, usage: GPUBufferUsage.MAP_READ | GPUBufferUsage.COPY_DST });
+  const encoder = device.createCommandEncoder();
+  let query = 0;
+  for (const entry of work) {
+    if (!isList(entry)) {
+      encodeTransfer(encoder, entry as Exclude<Command, Dispatch>);
+      continue;
+    }
+    const timestampWrites = { querySet, beginningOfPassWriteIndex: query, endOfPassWriteIndex: query + 1 };
+    const pass = encoder.beginComputePass({ timestampWrites });
+    query += 2;
+    for (const { pipeline, bindGroup, grid } of entry) {
+      const size = grid();
+      if (!size) continue;
+      pass.setPipeline(pipeline);
+      pass.setBindGroup(0, bindGroup);
+      pass.dispatchWorkgroups(...size);
+    }
+    pass.end();
+  }
+  encoder.resolveQuerySet(querySet, 0, count, resolved, 0);
+  encoder.copyBufferToBuffer(resolved, 0, staging, 0, size);
+  queue.submit([encoder.finish()]);
+  await staging.mapAsync(GPUMapMode.READ);
+  const stamps = new BigUint64Array(staging.getMappedRange().slice(0));
+  querySet.destroy();
+  for (const buffer of [resolved, staging]) buffer.destroy();
+  return stamps;
+}
+
+async function timeByWaiting(gpu: Gpu, work: readonly (readonly Dispatch[] | Command)[]): Promise<Span[]> {
+  const spans: Span[] = [];
+  await gpu.queue.onSubmittedWorkDone();
+  const zero = performance.now();
+  for (const entry of work) {
+    const began = performance.now();
+    run(gpu, isList(entry) ? entry : [entry as Command]);
+    // Deno waits for the device inside this call; its promise would take 10 ms more.
     gpu.queue.onSubmittedWorkDone();
-    if (isDispatch(command)) timings.push({ label: command.label, ms: performance.now() - before });
+    if (isList(entry)) spans.push({ start: began - zero, ms: performance.now() - began });
   }
   await gpu.queue.onSubmittedWorkDone();
-  return timings;
+  return spans;
+}
+
+function encodeTransfer(encoder: GPUCommandEncoder, command: Exclude<Command, Dispatch>): void {
+  if ("clear" in command) return encoder.clearBuffer(command.clear.buffer);
+  const { from, to, bytes } = command.copy;
+  encoder.copyBufferToBuffer(from.buffer, 0, to.buffer, 0, bytes);
 }
 
 function isDispatch(command: Command): command is Dispatch {
   return "pipeline" in command;
+}
+
+function isList(entry: readonly Dispatch[] | Command): entry is readonly Dispatch[] {
+  return Array.isArray(entry);
 }

@@ -68,7 +68,9 @@ export async function loadCheckpoint(
     run = readRunState(dir);
   } catch (error) {
     const before = listCheckpoints(dir.slice(0, dir.lastIndexOf("/"))).at(-2)?.path;
-    const remedy = before === undefined ? "start over with --no-resume" : `remove that folder to go on from "${before}"`;
+    const remedy = before === undefined
+      ? "start over with --no-resume"
+      : `remove that folder to go on from "${before}"`;
     const reason = (error as Error).message.replace(/^C/, "c");
     throw new Error(`Cannot resume from "${dir}": ${reason}: ${remedy}`, { cause: error });
   }

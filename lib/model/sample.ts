@@ -105,10 +105,10 @@ function keepTopK(
   { topK, max, ids }: { topK: number; max: number; ids: Uint32Array },
 ): Uint32Array {
   for (let width = 4;; width *= 2) {
-    const near = ids.filter((id) => scores[id]! >= max - width);
+    const near = above(scores, ids, max - width);
     if (near.length < topK) continue;
     const kth = scores[ascending(scores, near)[near.length - topK]!]!;
-    return near.filter((id) => scores[id]! >= kth);
+    return above(scores, near, kth);
   }
 }
 
@@ -126,7 +126,7 @@ function keepTopP(
     for (const id of ids) if (scores[id]! < max - width) mass += powers[id]!;
     if (Math.fround(mass / total) > spare) continue;
     // Among equals torch tends to keep the later ones; the most likely one always stays.
-    const order = ascending(scores, ids.filter((id) => scores[id]! >= max - width));
+    const order = ascending(scores, above(scores, ids, max - width));
     let first = 0;
     for (; first < order.length - 1; first++) {
       mass += powers[order[first]!]!;
@@ -134,6 +134,14 @@ function keepTopP(
     }
     return order.slice(first).sort();
   }
+}
+
+/** The ids whose score is at least `bound`. */
+function above(scores: Float32Array, ids: Uint32Array, bound: number): Uint32Array {
+  const kept = new Uint32Array(ids.length);
+  let count = 0;
+  for (const id of ids) if (scores[id]! >= bound) kept[count++] = id;
+  return kept.subarray(0, count);
 }
 
 /** Writes exp(score − max) of each id and returns their sum. */

@@ -36,12 +36,12 @@ export interface StepValues {
 /** Which library's arithmetic is followed. */
 export type Convention = "torch" | "bitsandbytes";
 
-/** Packs a step's numbers as adamw.wgsl's `Step`, the complements of the betas rounded as the followed library does. */
+/** Packs a step's numbers as adamw.wgsl's `Step`, rounded where the followed library rounds. */
 export function packStep(v: StepValues, convention: Convention): Float32Array<ArrayBuffer> {
-  const f = Math.fround;
-  const rest = (beta: number) => convention === "torch" ? 1 - beta : f(1) - f(beta);
-  const [b1, b2] = convention === "torch" ? [v.beta1, v.beta2] : [f(v.beta1), f(v.beta2)];
-  const c1 = 1 - b1 ** v.step, c2 = Math.sqrt(1 - b2 ** v.step);
+  // torch computes these in 64 bits, bitsandbytes' CUDA code step by step in 32.
+  const rounded = convention === "torch" ? (x: number) => x : Math.fround;
+  const b1 = rounded(v.beta1), b2 = rounded(v.beta2);
+  const c1 = 1 - rounded(b1 ** v.step), c2 = Math.sqrt(rounded(1 - rounded(b2 ** v.step)));
   return new Float32Array([
     v.learningRate,
     v.beta1,
@@ -52,8 +52,8 @@ export function packStep(v: StepValues, convention: Convention): Float32Array<Ar
     c2,
     v.maxGradNorm,
     v.slot,
-    rest(v.beta1),
-    rest(v.beta2),
+    1 - b1,
+    1 - b2,
     0,
   ]);
 }

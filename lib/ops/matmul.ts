@@ -123,7 +123,11 @@ export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
       ? tiles(end0, wide) + tiles(end1 - end0, wide) + tiles(n - end1, wide)
       : tiles(n, wide);
     return kernel.record(entry, {
-      constants: { ...constants, W_TYPE: W_TYPE[p.w.tensor.dtype]! },
+      constants: {
+        ...constants,
+        W_TYPE: W_TYPE[p.w.tensor.dtype]!,
+        ...(gpu.lanes === "subgroup" && lora ? { LORA: 1 } : {}),
+      },
       bind: {
         rows: p.rows.buffer,
         x: p.x.tensor,

@@ -4,9 +4,15 @@
  * whole pass is 5e-6, the cached one 3e-6 away from the reference in 64 bits). The bounds are three times that.
  */
 import { assertEquals } from "@std/assert";
+import { readAdapter } from "../../lib/model/adapter.ts";
+import { readConfig } from "../../lib/model/config.ts";
 import { Decoder } from "../../lib/model/decoder.ts";
 import { Llama } from "../../lib/model/llama.ts";
+import { createLora } from "../../lib/model/lora.ts";
+import { createOps } from "../../lib/model/ops.ts";
+import { loadWeights } from "../../lib/model/weights.ts";
 import { assertClose, goldenPath } from "../check.ts";
+import { gpuTest } from "../on_gpu.ts";
 
 const ignore = (await navigator.gpu?.requestAdapter()) == null && Deno.env.get("REQUIRE_GPU") !== "1";
 
@@ -17,39 +23,41 @@ function documents(count: number, vocab: number): number[][] {
 }
 
 for (const [config, adapter] of [["tiny", false], ["tiny", true], ["odd", true]] as const) {
-  Deno.test(
-    `Decoder gives the logits of the whole forward pass: ${config}, adapter ${adapter}`,
-    { ignore },
-    async () => {
-      const path = adapter ? goldenPath(`${config}/generate_adapter`) : undefined;
-      const llama = await Llama.open({ model: goldenPath(`${config}/model_hf`), adapter: path, tokens: 64 });
-      const texts = documents(5, llama.config.vocab_size), decoder = new Decoder(llama, { batch: 5, context: 64 });
-      // Slots in another order than the prompts; the sequences leave the batch one by one.
-      const fresh = texts.map((ids, slot) => ({ ids: ids.slice(0, -12), slot: 4 - slot }));
-      const found = (await decoder.prefill(fresh)).map((row) => [row]);
-      for (let i = 0; i < 12; i++) {
-        const live = texts.map((_, t) => t).filter((t) => i < 12 - t);
-        const rows = await decoder.step(live.map((t) => {
-          const position = texts[t]!.length - 12 + i;
-          return { id: texts[t]![position]!, position, slot: 4 - t };
-        }));
-        live.forEach((t, r) => found[t]!.push(rows[r]!));
-      }
-      for (const [t, ids] of texts.entries()) {
-        const whole = await llama.logits({ inputIds: ids, positionIds: ids.map((_, i) => i) });
-        assertEquals(found[t]!.length, 13 - t);
-        found[t]!.forEach((row, i) =>
-          assertClose(row, whole[ids.length - 13 + i]!, {
-            max: adapter ? 2e-5 : 2e-6,
-            name: `text ${t}, ${i} steps after its prompt`,
-          })
-        );
-      }
-      await decoder.settle();
-      decoder.destroy();
-      llama.destroy();
-    },
-  );
+  gpuTest(`Decoder gives the logits of the whole forward pass: ${config}, adapter ${adapter}`, async ({ gpu }) => {
+    const dir = goldenPath(`${config}/model_hf`), settings = readConfig(dir);
+    const read = adapter ? readAdapter(goldenPath(`${config}/generate_adapter`), settings) : undefined;
+    const lora = read && await createLora(gpu, { config: settings, ...read });
+    const ops = await createOps(gpu, settings), weights = await loadWeights(gpu, { dir, config: settings });
+    const decoder = new Decoder({ gpu, config: settings, ops, weights, lora }, { batch: 5, context: 64 });
+    const llama = await Llama.open({ model: dir, adapter: read, tokens: 64 });
+    const texts = documents(5, settings.vocab_size);
+    // Slots in another order than the prompts; the sequences leave the batch one by one.
+    const fresh = texts.map((ids, slot) => ({ ids: ids.slice(0, -12), slot: 4 - slot }));
+    const found = (await decoder.prefill(fresh)).map((row) => [row]);
+    for (let i = 0; i < 12; i++) {
+      const live = texts.map((_, t) => t).filter((t) => i < 12 - t);
+      const rows = await decoder.step(live.map((t) => {
+        const position = texts[t]!.length - 12 + i;
+        return { id: texts[t]![position]!, position, slot: 4 - t };
+      }));
+      live.forEach((t, r) => found[t]!.push(rows[r]!));
+    }
+    for (const [t, ids] of texts.entries()) {
+      const whole = await llama.logits({ inputIds: ids, positionIds: ids.map((_, i) => i) });
+      assertEquals(found[t]!.length, 13 - t);
+      found[t]!.forEach((row, i) => {
+        const name = `text ${t}, ${i} steps after its prompt`;
+        assertClose(row, whole[ids.length - 13 + i]!, { max: adapter ? 2e-5 : 2e-6, name });
+      });
+    }
+    await decoder.settle();
+    decoder.destroy();
+    llama.destroy();
+    for (const { buffer } of [...weights.tensors, ...(lora ?? []).flatMap((l) => [l.params, l.grads])]) {
+      buffer.destroy();
+    }
+    ops.rope.destroy();
+  });
 }
 
 Deno.test("Decoder gives a sequence the same bits in any batch", { ignore }, async () => {

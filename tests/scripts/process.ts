@@ -1,0 +1,90 @@
+/**
+ * What the tests of scripts share: a script as a process of its own in a temporary folder, its manifest, and its refusals.
+ * It knows nothing of what a stage does.
+ */
+import { assert, assertEquals, assertMatch } from "@std/assert";
+import { fileURLToPath } from "node:url";
+import type { Manifest } from "../../lib/run/manifest.ts";
+
+/** The project's folder. */
+export const ROOT: string = fileURLToPath(new URL("../..", import.meta.url));
+/** True where there is no adapter; REQUIRE_GPU=1 makes the tests fail there instead of being ignored. */
+export const NO_GPU: boolean = (await navigator.gpu?.requestAdapter()) == null && Deno.env.get("REQUIRE_GPU") !== "1";
+
+/** How a process ended. */
+export interface Result {
+  readonly code: number;
+  readonly out: string;
+  readonly err: string;
+}
+
+/** The command of a script in the folder `dir`; a word of `args` may hold spaces. */
+export function command(dir: string, { script, args }: { script: string; args: readonly string[] }): Deno.Command {
+  return new Deno.Command(Deno.execPath(), {
+    args: ["run", "-A", "--quiet", "--config", `${ROOT}deno.json`, `${ROOT}scripts/${script}.ts`, ...args],
+    cwd: dir,
+    env: { NO_COLOR: "1", RECIPE: "tiny" },
+    stdout: "piped",
+    stderr: "piped",
+  });
+}
+
+/** Runs a script to its end; `line` is its arguments, cut at spaces. */
+export async function attempt(dir: string, script: string, line = ""): Promise<Result> {
+  const args = line.split(" ").filter((word) => word !== "");
+  const { code, stdout, stderr } = await command(dir, { script, args }).output();
+  const text = new TextDecoder();
+  return { code, out: text.decode(stdout), err: text.decode(stderr) };
+}
+
+/** Runs a stage that must succeed and say nothing on stderr; its manifest, which is also its last line. */
+export async function stage(dir: string, script: string, line = ""): Promise<Manifest & { readonly printed: string }> {
+  const { code, out, err } = await attempt(dir, script, line);
+  assertEquals([code, err], [0, ""], `${script} ${line}\n${out}${err}`);
+  const last = JSON.parse(out.trimEnd().split("\n").at(-1)!) as Manifest;
+  const folder = last.flags.out as string;
+  assertEquals(last, readJson(`${dir}/${folder}/manifest.json`));
+  return { ...last, printed: out.slice(0, out.trimEnd().lastIndexOf("\n") + 1) };
+}
+
+/** Asserts that a script ends with status 1 and one line on stderr: a sentence that begins with "Cannot", no stack. */
+export function assertRefused({ code, out, err }: Result, message: RegExp): void {
+  assertEquals(code, 1, out + err);
+  assertMatch(err, /^Cannot [^\n]*[^.\n]\n$/);
+  assertMatch(err, message);
+}
+
+/** All files under a folder, and none of what a process leaves while it writes. */
+export function assertNothingPartial(dir: string): void {
+  const left = walk(dir).filter((path) => /\.(tmp|partial)(\/|$)/.test(path));
+  assert(left.length === 0, `left over: ${left.join(", ")}`);
+}
+
+/** All files under a folder. */
+export function walk(dir: string): string[] {
+  return [...Deno.readDirSync(dir)].flatMap(({ name, isDirectory }) =>
+    isDirectory ? walk(`${dir}/${name}`) : [`${dir}/${name}`]
+  );
+}
+
+export function readJson<T = Record<string, unknown>>(path: string): T {
+  return JSON.parse(Deno.readTextFileSync(path)) as T;
+}
+
+/** Runs `body` in a temporary folder that has a small `qa` of the bundled questions, and removes the folder. */
+export async function inFolder(body: (dir: string) => Promise<void>): Promise<void> {
+  const dir = Deno.makeTempDirSync();
+  Deno.mkdirSync(`${dir}/qa`);
+  for (const [split, count] of [["train", 12], ["validation", 4], ["test", 4]] as const) {
+    const lines = Deno.readTextFileSync(`${ROOT}fixtures/qa/${split}.jsonl`).split("\n").slice(0, count);
+    Deno.writeTextFileSync(`${dir}/qa/${split}.jsonl`, lines.join("\n") + "\n");
+  }
+  try {
+    await body(dir);
+  } finally {
+    Deno.removeSync(dir, { recursive: true });
+  }
+}
+
+/** The bundled checkpoint, for `--source`. */
+export const TINY: string = `${ROOT}fixtures/tiny`;
