@@ -1,20 +1,19 @@
 // swiglu — the gated activation of the MLP and its gradient (arXiv:2002.05202).
 //
 //   forward    out = silu(gate) · up,   silu(g) = g / (1 + exp(−g))
-//   backward   dgate = dout · up · σ(g) · (1 + g · (1 − σ(g))),   dup = dout · silu(g)
+//   backward   gate ← dout · up · σ(g) · (1 + g · (1 − σ(g))),   up ← dout · silu(g):   in place, nobody needs them again
 //
-//   gate_up, dgate_up   f32 [rows, 2 · DIM]   gate columns first, then up
-//   out, dout           f32 [rows, DIM]
-//   grid                one workgroup per row, folded
+//   gate_up     f32 [rows, 2 · DIM]   gate columns first, then up
+//   out, dout   f32 [rows, DIM]
+//   grid        one workgroup per row, folded
 
 override LANES: u32;
 override DIM: u32;
 
 @group(0) @binding(0) var<uniform> rows: vec4u;
-@group(0) @binding(1) var<storage, read> gate_up: array<vec4f>;
+@group(0) @binding(1) var<storage, read_write> gate_up: array<vec4f>;
 @group(0) @binding(2) var<storage, read_write> out: array<vec4f>;
 @group(0) @binding(3) var<storage, read> dout: array<vec4f>;
-@group(0) @binding(4) var<storage, read_write> dgate_up: array<vec4f>;
 
 @compute @workgroup_size(LANES)
 fn forward(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {
@@ -41,7 +40,7 @@ fn backward(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index
     let up = gate_up[at + DIM / 4u];
     let d = dout[row * (DIM / 4u) + c];
     let sigmoid = 1.0 / (1.0 + exp(-gate));
-    dgate_up[at] = d * up * sigmoid * (1.0 + gate * (1.0 - sigmoid));
-    dgate_up[at + DIM / 4u] = d * gate * sigmoid;
+    gate_up[at] = d * up * sigmoid * (1.0 + gate * (1.0 - sigmoid));
+    gate_up[at + DIM / 4u] = d * gate * sigmoid;
   }
 }

@@ -12,6 +12,7 @@
  */
 import { checkRows, evaluationBatches, mostTokens, trainingBatches, type UpdateBatches } from "../lib/data/batches.ts";
 import { type PackedRows, readRows } from "../lib/data/dataset.ts";
+import { byLabel, chromeTrace } from "../lib/gpu/trace.ts";
 import { readAdapter } from "../lib/model/adapter.ts";
 import { listCheckpoints, loadCheckpoint, pruneCheckpoints, saveCheckpoint } from "../lib/model/checkpoint.ts";
 import { readConfig, readJsonObject } from "../lib/model/config.ts";
@@ -19,8 +20,8 @@ import { copyFolder, saveTrained } from "../lib/model/save.ts";
 import { learningRate, plannedSteps, warmupSteps } from "../lib/model/schedule.ts";
 import { Trainer } from "../lib/model/trainer.ts";
 import { byRecipe, checkNumbers, choice, flags } from "../lib/run/flags.ts";
-import { beginStage, checkInput, readManifest } from "../lib/run/manifest.ts";
-import { bytes, count, duration, table } from "../lib/run/print.ts";
+import { beginStage, checkInput, readManifest, writeAtomic } from "../lib/run/manifest.ts";
+import { bytes, count, duration, percent, table } from "../lib/run/print.ts";
 import { openRunLog } from "../lib/run/run_log.ts";
 
 const opt = flags(import.meta, {
@@ -50,6 +51,7 @@ const opt = flags(import.meta, {
   loggingSteps: byRecipe({ tiny: 5, blog: 10 }), // updates between lines on the screen; the log has every update
   seed: byRecipe({ tiny: 42, blog: 3407 }), // of the order of rows; 3407 is Unsloth's default
   resume: true, // go on from the last checkpoint of an unfinished run
+  profile: 0, // update whose dispatches are timed, into trace.json and a table; 0 = none
 }, {
   renamed: {
     gradientAccumulationSteps: "gradientAccumulation",
@@ -77,7 +79,7 @@ checkInput(opt.model);
 const { mode } = readJsonObject(`${opt.model}/load.json`) as { mode: "qlora" | "lora" | "full" };
 const reads = [opt.model, opt.dataset, ...(mode === "full" ? [] : [opt.adapter])];
 const finished = readManifest(opt.out) !== undefined; // its checkpoints are of a run that is over
-const { resume, loggingSteps, ...recorded } = opt; // these two change nothing of what is written
+const { resume, loggingSteps, profile, ...recorded } = opt; // these change nothing of what is learnt
 const stage = await beginStage("05_train", recorded, { reads, reuse: true });
 const config = readConfig(opt.model);
 const [train, validation] = readDataset() as [PackedRows, PackedRows];
@@ -139,7 +141,8 @@ if (step === 0) {
 while (step < totalSteps) {
   const update = updateBatches(++step);
   const rate = learningRate({ ...opt, step, totalSteps, warmupSteps: warmup, peak: opt.learningRate });
-  trainer.update(update.batches, { step, learningRate: rate });
+  if (step === profile) await profileUpdate(update.batches, rate);
+  else trainer.update(update.batches, { step, learningRate: rate });
   unread.set(step, { ...update, rate });
   const due = (every: number) => (every > 0 && step % every === 0) || step === totalSteps;
   if (unread.size >= 16 || performance.now() - readAt > 1000 || due(opt.evalSteps) || due(opt.saveSteps)) {
@@ -215,6 +218,16 @@ function readDataset(): PackedRows[] {
     checkRows(rows, { path, vocabulary: config.vocab_size, positions: config.max_position_embeddings });
     return rows;
   });
+}
+
+/** An update with the times of its dispatches: all of them in trace.json, their sums by label on the screen. */
+async function profileUpdate(batches: UpdateBatches["batches"], rate: number): Promise<void> {
+  if (unread.size > 0) await readLosses();
+  const timings = await trainer.profile(batches, { step, learningRate: rate });
+  await writeAtomic(`${opt.out}/trace.json`, chromeTrace(timings, `update ${step}, ${gpu.name}`));
+  const rows = byLabel(timings).map(({ label, ms, count, share }) => [label, ms.toFixed(2), count, percent(share)]);
+  console.log(`\nUpdate ${step}: ${timings.length} dispatches, see ${opt.out}/trace.json`);
+  console.log(table([["kernel", "ms", "dispatches", "share"], ...rows], { header: true }) + "\n");
 }
 
 /** Reads the losses of the updates since the last time, logs each of them, and shows one now and then. */

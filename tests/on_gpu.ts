@@ -9,7 +9,10 @@ import { type Command, createRows, type Rows } from "../lib/gpu/kernel.ts";
 import { run } from "../lib/gpu/program.ts";
 import { createTensor, downloadBytes, type Storage, type Tensor, upload } from "../lib/gpu/tensor.ts";
 
-const found = (await navigator.gpu?.requestAdapter()) != null;
+const own = await openGpu().catch((error: Error) => {
+  if (error.message.includes("no WebGPU adapter")) return undefined;
+  throw error;
+});
 const BYTES: Record<Storage, number> = { f32: 4, u32: 4, f16: 2, bf16: 2, u8: 1 };
 const GUARD = 0xa5, GUARD_BYTES = 4096;
 
@@ -102,23 +105,25 @@ export function stored(values: Float32Array, dtype: "f32" | "f16" | "bf16") {
   return { bytes, values: toFloat32(bytes, name) };
 }
 
-const SPOKEN: Record<LaneModel, string> = { subgroup: " (subgroups)", shared: " (workgroup memory)" };
+const SPOKEN: Record<LaneModel, string> = { subgroup: "subgroups", shared: "workgroup memory" };
+const BOTH: readonly LaneModel[] = ["subgroup", "shared"];
 
 /**
- * Registers a test once per lane model, or once in all for kernels whose lanes share nothing. REQUIRE_GPU=1 makes it fail,
- * instead of being ignored, where there is no adapter.
+ * Registers a test once per lane model; `models: false` once in all, for kernels whose lanes share nothing. It is ignored where
+ * the device has no subgroups of one size, or where there is no adapter; with REQUIRE_GPU=1 that is a failure.
  */
-export function gpuTest(name: string, body: (bench: Bench) => Promise<void>, { models = true } = {}): void {
-  for (const lanes of models ? ["subgroup", "shared"] as const : ["shared"] as const) {
+export function gpuTest(
+  name: string,
+  body: (bench: Bench) => Promise<void>,
+  { models = BOTH }: { models?: readonly LaneModel[] | false } = {},
+): void {
+  for (const lanes of models || ["shared"] as const) {
     Deno.test({
-      name: models ? name + SPOKEN[lanes] : name,
-      ignore: !found && Deno.env.get("REQUIRE_GPU") !== "1",
+      name: models ? `${name} (${SPOKEN[lanes]})` : name,
+      ignore: own ? lanes === "subgroup" && own.lanes !== "subgroup" : Deno.env.get("REQUIRE_GPU") !== "1",
       async fn() {
-        const gpu = await openGpu();
-        // A device without subgroups of one size has workgroup memory alone.
-        if (lanes === "subgroup" && gpu.lanes !== "subgroup") return;
         const made: GPUBuffer[] = [];
-        await body(createBench({ ...gpu, lanes }, made));
+        await body(createBench({ ...await openGpu(), lanes }, made));
         for (const buffer of made) buffer.destroy();
       },
     });

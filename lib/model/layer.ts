@@ -2,7 +2,7 @@
  * One decoder layer: forward, and under it backward, each tensor under the same name.
  *
  * Conventions: gradients of parameters and of the residual `dx` are added to, all other gradients overwrite. Forward never
- * writes what it reads, so running it again in the backward pass (block checkpointing) is harmless.
+ * writes what it reads, so running it again in the backward pass (block checkpointing) is harmless. Backward runs once.
  */
 import type { Command, Rows } from "../gpu/kernel.ts";
 import type { Tensor } from "../gpu/tensor.ts";
@@ -77,9 +77,10 @@ export function backward(
   const normWeight = (x: Tensor, rstd: Tensor, dweight: Tensor | undefined): Command[] =>
     dweight ? [ops.norm.backwardWeight({ rows, x, rstd, dout: g.dh, dweight })] : [];
   return [
-    ...linearBackward({ ...linear("down"), x: a.act, dout: g.dx, dx: g.dact }),
-    ops.swiglu.backward({ rows, gateUp: a.gateUp, dout: g.dact, dgateUp: g.dgateUp }),
-    ...linearBackward({ ...linear("gateUp"), x: a.h2, dout: g.dgateUp, dx: g.dh }),
+    // From here on `act` and `gateUp` hold their own gradients.
+    ...linearBackward({ ...linear("down"), x: a.act, dout: g.dx, dx: a.act }),
+    ops.swiglu.backward({ rows, gateUp: a.gateUp, dout: a.act }),
+    ...linearBackward({ ...linear("gateUp"), x: a.h2, dout: a.gateUp, dx: g.dh }),
     ...normWeight(a.mid, a.rstd2, d?.postAttentionNorm),
     ops.norm.backward({ rows, x: a.mid, weight: weights.postAttentionNorm, rstd: a.rstd2, dout: g.dh, dx: g.dx }),
     ...linearBackward({ ...linear("o"), x: a.attention, dout: g.dx, dx: g.dattention }),

@@ -63,7 +63,7 @@ export class Llama {
   readonly #sums: Tensor;
   readonly #embed: readonly Command[];
   readonly #forward: readonly Command[];
-  readonly #backward: readonly Command[];
+  readonly #train: readonly Command[];
 
   private constructor(
     gpu: Gpu,
@@ -127,7 +127,10 @@ export class Llama {
       );
     }
     if (full) down.push(...full.embedding({ ops, dx: plan.gradients!.dx }));
-    this.#backward = down;
+    const { gradients } = plan;
+    this.#train = gradients
+      ? [...this.#embed, ...this.#forward, { clear: gradients.dx }, ...this.#head.train, ...down]
+      : [];
   }
 
   /** Loads a model and plans its buffers. Throws where a file or a limit of the device stands against it. */
@@ -139,7 +142,7 @@ export class Llama {
     const weights = await loadWeights(gpu, { dir: model, config, trainable: train === "full", resident });
     const adapter = typeof options.adapter === "string" ? readAdapter(options.adapter, config) : options.adapter;
     const lora = adapter && await createLora(gpu, { config, ...adapter });
-    const chunk = headChunk(gpu, { config, tokens });
+    const chunk = headChunk(gpu, { config, tokens, checkpointing });
     const plan = createPlan(gpu, {
       config,
       tokens,
@@ -196,16 +199,15 @@ export class Llama {
   }
 
   /** Forward and backward: adds the loss to `slot` and the gradients of the loss over `items` tokens to the groups'. */
-  accumulate(batch: MicroBatch, { items, slot }: { items: number; slot: number }): void {
-    this.#set(batch, { items, slot });
-    run(this.gpu, this.trainCommands);
+  accumulate(batch: MicroBatch, at: { items: number; slot: number }): void {
+    run(this.gpu, this.accumulation(batch, at));
   }
 
-  /** The commands of one training micro-batch, for profiling. */
-  get trainCommands(): readonly Command[] {
-    const { gradients } = this.plan;
-    if (!gradients) throw new Error("Cannot train: the model was opened for evaluation");
-    return [...this.#embed, ...this.#forward, { clear: gradients.dx }, ...this.#head.train, ...this.#backward];
+  /** Uploads a micro-batch and returns the commands of `accumulate`: to be run before anything else is uploaded. */
+  accumulation(batch: MicroBatch, at: { items: number; slot: number }): readonly Command[] {
+    if (this.#train.length === 0) throw new Error("Cannot train: the model was opened for evaluation");
+    this.#set(batch, at);
+    return this.#train;
   }
 
   /** Frees every buffer on the GPU; the model cannot be used afterwards. */
@@ -219,7 +221,12 @@ export class Llama {
 
   /** Zeroes all gradients, before the first micro-batch of an update. */
   zeroGradients(): void {
-    run(this.gpu, this.groups.map(({ grad }) => ({ clear: grad })));
+    run(this.gpu, this.clearing);
+  }
+
+  /** The commands of `zeroGradients`. */
+  get clearing(): readonly Command[] {
+    return this.groups.map(({ grad }) => ({ clear: grad }));
   }
 
   /** Reads and clears all loss sums `[RING]`. Waits for the GPU. */

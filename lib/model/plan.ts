@@ -38,12 +38,13 @@ export interface Activations {
   readonly u: Readonly<Record<"qkv" | "o" | "gateUp" | "down", Tensor | undefined>>;
 }
 
-/** Scratch of the backward pass, shared by all layers. `dx` is the residual's gradient on its way down. */
+/**
+ * Scratch of the backward pass, shared by all layers. `dx` is the residual's gradient on its way down. `dh` and `dattention`
+ * take turns in one buffer; the gradients of `act` and `gateUp` overwrite them.
+ */
 export interface Gradients {
   readonly dx: Tensor;
   readonly dh: Tensor;
-  readonly dact: Tensor;
-  readonly dgateUp: Tensor;
   readonly dattention: Tensor;
   readonly dqkv: Tensor;
   readonly delta: Tensor;
@@ -136,18 +137,18 @@ export function createPlan(gpu: Gpu, options: PlanOptions): Plan {
   for (let l = 0; l < L; l++) {
     activations.push(keep ? insides("kept", `layers.${l}.`) : activations[0] ?? insides("scratch", "layer."));
   }
-  const gradients: Gradients | undefined = training
-    ? {
+  let gradients: Gradients | undefined;
+  if (training) {
+    const dh = make("scratch", "dh", [T, Math.max(C, Q)]);
+    gradients = {
       dx: make("scratch", "dx", [T, C]),
-      dh: make("scratch", "dh", [T, C]),
-      dact: make("scratch", "dact", [T, F]),
-      dgateUp: make("scratch", "dgate_up", [T, 2 * F]),
-      dattention: make("scratch", "dattention", [T, Q]),
+      dh: { ...dh, shape: [T, C] },
+      dattention: { ...dh, name: "dattention", shape: [T, Q] },
       dqkv: make("scratch", "dqkv", [T, W]),
       delta: make("scratch", "delta", [T, H]),
       v: lowRank("scratch", "v"),
-    }
-    : undefined;
+    };
+  }
   const head = {
     x: make("scratch", "head.x", [chunk, C]),
     h: make("scratch", "head.h", [chunk, C]),
@@ -166,9 +167,16 @@ export function planBytes(plan: Plan): Record<"batch" | "kept" | "scratch", numb
   return bytes;
 }
 
-/** Rows of logits per chunk: few enough that they stay below 64 MB and one binding, a multiple of 32, at most `tokens`. */
-export function headChunk(gpu: Gpu, { config, tokens }: { config: ModelConfig; tokens: number }): number {
+/**
+ * Rows of logits per chunk, a multiple of 32, at most `tokens`. A GPU without checkpointing takes 4,096 rows, enough to fill
+ * it; with block checkpointing memory comes first, and on a CPU driver the cache.
+ */
+export function headChunk(
+  gpu: Gpu,
+  { config, tokens, checkpointing }: Pick<PlanOptions, "config" | "tokens" | "checkpointing">,
+): number {
   const row = paddedVocab(config) * 4;
-  const most = Math.min(gpu.limits.maxStorageBufferBindingSize, gpu.cpu ? 64 << 20 : 824 << 20);
+  const wanted = gpu.cpu ? 64 << 20 : checkpointing === "block" ? 100 << 20 : 4096 * row;
+  const most = Math.min(gpu.limits.maxStorageBufferBindingSize, wanted);
   return Math.min(tokens, Math.max(32, Math.floor(most / row / 32) * 32));
 }

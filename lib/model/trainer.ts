@@ -2,7 +2,8 @@
  * Training as updates: micro-batches accumulated into one step of the optimizer, losses and norms read back some updates
  * later in one go. When to evaluate, save or stop is the script's business.
  */
-import { run } from "../gpu/program.ts";
+import type { Command } from "../gpu/kernel.ts";
+import { profile, run, type Timing } from "../gpu/program.ts";
 import { download, upload } from "../gpu/tensor.ts";
 import { Llama, type LlamaOptions, type MicroBatch, RING } from "./llama.ts";
 import { planBytes } from "./plan.ts";
@@ -91,14 +92,33 @@ export class Trainer {
   }
 
   /** One update, number `step` from 1 on. Gradients are those of the mean loss over all labelled tokens of `batches`. */
-  update(batches: readonly MicroBatch[], { step, learningRate }: { step: number; learningRate: number }): void {
+  update(batches: readonly MicroBatch[], at: { step: number; learningRate: number }): void {
+    for (const commands of this.#programs(batches, at)) run(this.llama.gpu, commands);
+  }
+
+  /** The same update, to the same bits, and when each of its dispatches ran; slower. Waits for the GPU. */
+  async profile(batches: readonly MicroBatch[], at: { step: number; learningRate: number }): Promise<Timing[]> {
+    const timings: Timing[] = [];
+    for (const commands of this.#programs(batches, at)) {
+      const last = timings.at(-1), from = last ? last.start + last.ms : 0;
+      const part = await profile(this.llama.gpu, commands);
+      timings.push(...part.map((timing) => ({ ...timing, start: timing.start + from })));
+    }
+    return timings;
+  }
+
+  /** The programs of an update; what each reads is uploaded when it is asked for. */
+  *#programs(
+    batches: readonly MicroBatch[],
+    { step, learningRate }: { step: number; learningRate: number },
+  ): Generator<readonly Command[]> {
     if (this.#pending.length === RING) throw new Error("Cannot update: losses of earlier updates must be read first");
     const tokens = labelledTokens(batches), slot = this.#pending.length;
     if (tokens === 0) throw new Error(`Cannot learn from update ${step}: none of its tokens has a label`);
-    this.llama.zeroGradients();
-    for (const batch of batches) this.llama.accumulate(batch, { items: tokens, slot });
+    yield this.llama.clearing;
+    for (const batch of batches) yield this.llama.accumulation(batch, { items: tokens, slot });
     this.optimizer.prepare({ ...this.#hyper, learningRate, step, slot });
-    run(this.llama.gpu, this.optimizer.commands);
+    yield this.optimizer.commands;
     this.#pending.push({ step, tokens });
   }
 

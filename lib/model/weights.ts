@@ -7,6 +7,7 @@ import { NF4_CODE } from "../data/nf4.ts";
 import { openModel, type TensorSource } from "../data/safetensors.ts";
 import type { Gpu } from "../gpu/device.ts";
 import type { Dispatch } from "../gpu/kernel.ts";
+import { run } from "../gpu/program.ts";
 import { createTensor, type Storage, type Tensor, tensorBytes, upload } from "../gpu/tensor.ts";
 import { createNf4 } from "../ops/nf4.ts";
 import { type LinearModule, linearShape, type ModelConfig, moduleName } from "./config.ts";
@@ -30,7 +31,7 @@ export interface Linear {
   readonly k: number;
   readonly parts: readonly { readonly module: LinearModule; readonly columns: number }[];
   readonly weight: Tensor;
-  /** What must run before `weight` may be read: empty for dense weights. */
+  /** What must run before `weight` may be read: empty for dense weights and for those decoded once. */
   readonly decode: readonly Dispatch[];
 }
 
@@ -151,7 +152,8 @@ export async function loadWeights(
     const weight = shared ?? make(resident ? name : `scratch.${fused}`, [n, k], dtype);
     if (!resident) scratch.set(fused, weight);
     const decode = [nf4.dequantize({ codes, absmax, out: weight, count: n * k, blocksize })];
-    return { n, k, parts, weight, decode };
+    if (resident) run(gpu, decode);
+    return { n, k, parts, weight, decode: resident ? [] : decode };
   };
 
   const embed = await sliced("model.embed_tokens.weight");

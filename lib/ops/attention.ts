@@ -29,7 +29,16 @@ export function createAttention(gpu: Gpu, shape: { heads: number; kvHeads: numbe
       }),
     /** Writes dqkv `[rows, (H+2·KV)·D]` in three dispatches; delta `[rows, H]` is scratch. */
     backward: (
-      t: { rows: Rows; qkv: Tensor; spans: Tensor; out: Tensor; lse: Tensor; dout: Tensor; delta: Tensor; dqkv: Tensor },
+      t: {
+        rows: Rows;
+        qkv: Tensor;
+        spans: Tensor;
+        out: Tensor;
+        lse: Tensor;
+        dout: Tensor;
+        delta: Tensor;
+        dqkv: Tensor;
+      },
     ): Dispatch[] => {
       const { rows, qkv, spans, out, lse, dout, delta, dqkv } = t;
       const common = { rows: rows.buffer, qkv, spans, lse, dout, delta, dqkv };

@@ -170,7 +170,8 @@ export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
 }
 const tiles = (size: number, tile: number) => Math.ceil(size / tile);
 
-function check(entry: string, { x, w, out, n, k = 0, m = 0 }: Product): void {
+/** Kernels load whole vec4s and take what does not fit for something else, so sizes are refused here. */
+function check(entry: string, { x, w, out, n, k = 0, m = 0, lora }: Product): void {
   const name = `"${out.tensor.name}" = ${entry}("${x.tensor.name}", "${w.tensor.name}")`;
   if (n % 4 || m % 4 || k % 8) {
     throw new RangeError(`Cannot multiply ${name}: n ${n} and m ${m} must be multiples of 4, k ${k} of 8`);
@@ -178,4 +179,21 @@ function check(entry: string, { x, w, out, n, k = 0, m = 0 }: Product): void {
   if (W_TYPE[w.tensor.dtype] === undefined) {
     throw new TypeError(`Cannot multiply ${name}: weights are ${w.tensor.dtype}`);
   }
+  const places = [x, out].flatMap(({ offset = 0, stride = 0 }) => [offset, stride]);
+  const step = entry === "nt" && w.tensor.dtype !== "f32" ? 8 : 4;
+  if (places.some((at) => at % 4) || [w.offset ?? 0, w.stride ?? 0].some((at) => at % step)) {
+    throw new RangeError(
+      `Cannot multiply ${name}: offsets and strides must be multiples of 4, those of the weights here of ${step}`,
+    );
+  }
+  if (!lora) return;
+  const { segments } = lora, ranks = new Set(segments.map(({ r }) => r).filter((r) => r > 0));
+  const columns = segments.reduce((sum, segment) => sum + segment.columns, 0);
+  const most = entry === "nt" ? 3 : 1;
+  if (segments.length > most || columns !== n || segments.some((s) => s.columns % 4 || s.r % 8 || s.x % 4 || s.w % 4)) {
+    throw new RangeError(
+      `Cannot multiply ${name}: at most ${most} low-rank segments must cover the ${n} columns, in fours, with ranks in eights`,
+    );
+  }
+  if (ranks.size > 1) throw new RangeError(`Cannot multiply ${name}: segments have ranks ${[...ranks]}: one is wanted`);
 }

@@ -73,7 +73,6 @@ export function createMatvec(gpu: Gpu, { block }: { block: number }) {
         grid: () => [Math.ceil(p.rows.count / block), Math.ceil(n / wide), 1],
       });
     },
-    destroy: () => nothing.buffer.destroy(),
   };
 }
 

@@ -16,7 +16,9 @@ export function createNf4(gpu: Gpu, code: Float32Array<ArrayBuffer>) {
     /** codes u8 `[count / 2]`, absmax f32 `[count / blocksize]` → out `[count]` in out's own type. */
     dequantize: (t: { codes: Tensor; absmax: Tensor; out: Tensor; count: number; blocksize: number }): Dispatch => {
       if (t.count % t.blocksize || !Number.isInteger(Math.log2(t.blocksize))) {
-        throw new RangeError(`Cannot dequantize "${t.codes.name}": ${t.count} elements are not whole blocks of ${t.blocksize}`);
+        throw new RangeError(
+          `Cannot dequantize "${t.codes.name}": ${t.count} elements are not whole blocks of ${t.blocksize}`,
+        );
       }
       return kernel.record("dequantize", {
         constants: { TYPE: TYPE[t.out.dtype]!, COUNT: t.count, BLOCK_SHIFT: Math.log2(t.blocksize) },

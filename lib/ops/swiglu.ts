@@ -15,11 +15,11 @@ export function createSwiglu(gpu: Gpu, { dim }: { dim: number }) {
         bind: { rows: t.rows.buffer, gate_up: t.gateUp, out: t.out },
         grid: () => fold(t.rows.count),
       }),
-    /** Writes both gradients into `dgateUp` `[rows, 2·dim]`. */
-    backward: (t: { rows: Rows; gateUp: Tensor; dout: Tensor; dgateUp: Tensor }): Dispatch =>
+    /** Turns `gateUp` `[rows, 2·dim]` into its own gradient, in place. */
+    backward: (t: { rows: Rows; gateUp: Tensor; dout: Tensor }): Dispatch =>
       kernel.record("backward", {
         constants: { DIM: dim },
-        bind: { rows: t.rows.buffer, gate_up: t.gateUp, dout: t.dout, dgate_up: t.dgateUp },
+        bind: { rows: t.rows.buffer, gate_up: t.gateUp, dout: t.dout },
         grid: () => fold(t.rows.count),
       }),
   };

@@ -2,7 +2,7 @@
  * Comparisons with their bounds, collected into a table that GOLDEN_TABLE=1 prints when a test file ends. A row is the worst of
  * its comparisons; it refuses an error above the bound on the spot.
  */
-import { assert } from "@std/assert";
+import { assert, assertEquals } from "@std/assert";
 import { table } from "../../lib/run/print.ts";
 import { assertClose, maxRelative } from "../check.ts";
 
@@ -23,19 +23,35 @@ export const BOUND = {
 
 interface Row {
   error: number;
-  readonly bound: number;
+  readonly bound: number | "equal" | "at least";
   count: number;
 }
 
 const rows = new Map<string, Row>();
 
-/** Asserts that `error` is at most `bound` (0: equal) and remembers it as one comparison of the row `name`. */
+/** Asserts that `error` is at most `bound` and remembers it as one comparison of the row `name`. */
 export function within(name: string, { error, bound }: { error: number; bound: number }): void {
+  remember(name, { error, bound });
+  assert(error <= bound, `${name}: ${error} is above ${bound}`);
+}
+
+/** Asserts that `error` is at least `least`: two things that a test must be able to tell apart. */
+export function apart(name: string, { error, least }: { error: number; least: number }): void {
+  remember(`${name}, at least ${least}`, { error, bound: "at least" });
+  assert(error >= least, `${name}: ${error} is below ${least}`);
+}
+
+/** Asserts that two values are equal, to the last bit of every number in them, and remembers it. */
+export function same<T>(name: string, { actual, expected }: { actual: T; expected: T }): void {
+  assertEquals(actual, expected, name);
+  remember(name, { error: 0, bound: "equal" });
+}
+
+function remember(name: string, { error, bound }: Omit<Row, "count">): void {
   const row = rows.get(name) ?? { error: 0, bound, count: 0 };
   rows.set(name, row);
   row.count++;
   if (!(error <= row.error)) row.error = error;
-  assert(error <= bound, `${name}: ${error} is above ${bound}`);
 }
 
 /** Asserts that two tensors differ by at most `bound` of the largest value, and remembers it; `part` names the tensor. */
@@ -69,7 +85,7 @@ if (Deno.env.get("GOLDEN_TABLE") === "1") {
       name,
       count,
       error === 0 ? "equal" : error.toExponential(1),
-      bound === 0 ? "equal" : bound.toExponential(0),
+      typeof bound === "string" ? bound : bound === 0 ? "equal" : bound.toExponential(0),
     ]);
     console.log(table([["comparison", "of", "worst error", "bound"], ...lines], { header: true }));
   });

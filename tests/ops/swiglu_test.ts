@@ -32,9 +32,9 @@ gpuTest("swiglu.backward gives the gradients of gate and up", async ({ gpu, inpu
     for (const count of ROWS) {
       for (const scale of SCALES) {
         const gateUp = wave(count * 2 * dim, 0, { scale }), dout = wave(count * dim, 2);
-        const dgateUp = output("dgate_up", { shape: [count, 2 * dim] });
-        const t = { rows: rows(count), gateUp: await input("gate_up", gateUp), dout: await input("dout", dout), dgateUp };
-        const [found] = await compute([op.backward(t)], [dgateUp]);
+        const inPlace = output("gate_up", { shape: [count, 2 * dim], start: gateUp });
+        const t = { rows: rows(count), gateUp: inPlace, dout: await input("dout", dout) };
+        const [found] = await compute([op.backward(t)], [inPlace]);
         const expected = swigluBackward({ gateUp, dout }, dim);
         assertClose(found!, expected, { nmse: BOUND, name: `dgate_up [${count}, ${dim}] scale ${scale}` });
       }

@@ -18,8 +18,9 @@ export interface Result {
   readonly err: string;
 }
 
-/** The command of a script in the folder `dir`; a word of `args` may hold spaces. */
-export function command(dir: string, { script, args }: { script: string; args: readonly string[] }): Deno.Command {
+/** A script in the folder `dir`; `line` is its arguments, cut at spaces. */
+export function command(dir: string, script: string, line = ""): Deno.Command {
+  const args = line.split(" ").filter((word) => word !== "");
   return new Deno.Command(Deno.execPath(), {
     args: ["run", "-A", "--quiet", "--config", `${ROOT}deno.json`, `${ROOT}scripts/${script}.ts`, ...args],
     cwd: dir,
@@ -29,10 +30,9 @@ export function command(dir: string, { script, args }: { script: string; args: r
   });
 }
 
-/** Runs a script to its end; `line` is its arguments, cut at spaces. */
+/** Runs a script to its end, however it ends. */
 export async function attempt(dir: string, script: string, line = ""): Promise<Result> {
-  const args = line.split(" ").filter((word) => word !== "");
-  const { code, stdout, stderr } = await command(dir, { script, args }).output();
+  const { code, stdout, stderr } = await command(dir, script, line).output();
   const text = new TextDecoder();
   return { code, out: text.decode(stdout), err: text.decode(stderr) };
 }
@@ -71,9 +71,10 @@ export function readJson<T = Record<string, unknown>>(path: string): T {
   return JSON.parse(Deno.readTextFileSync(path)) as T;
 }
 
-/** Runs `body` in a temporary folder that has a small `qa` of the bundled questions, and removes the folder. */
+/** Runs `body` in a temporary folder with the bundled checkpoint, `tiny`, and a few of the bundled questions, `qa`. */
 export async function inFolder(body: (dir: string) => Promise<void>): Promise<void> {
   const dir = Deno.makeTempDirSync();
+  Deno.symlinkSync(`${ROOT}fixtures/tiny`, `${dir}/tiny`);
   Deno.mkdirSync(`${dir}/qa`);
   for (const [split, count] of [["train", 12], ["validation", 4], ["test", 4]] as const) {
     const lines = Deno.readTextFileSync(`${ROOT}fixtures/qa/${split}.jsonl`).split("\n").slice(0, count);
@@ -85,6 +86,3 @@ export async function inFolder(body: (dir: string) => Promise<void>): Promise<vo
     Deno.removeSync(dir, { recursive: true });
   }
 }
-
-/** The bundled checkpoint, for `--source`. */
-export const TINY: string = `${ROOT}fixtures/tiny`;

@@ -1,0 +1,182 @@
+/**
+ * Matrix products against the CPU reference, for each family of kernels that is listed below: ends of tiles, weights of 16 bits,
+ * operands inside larger tensors, low-rank segments, sums with what is there. The errors found (NMSE) are beside the bounds.
+ *
+ * No invocation comes near the 65,535 iterations after which lavapipe ends all loops of an invocation without a word: an iteration
+ * takes 8 inner steps, so that would need an inner length of 524,280, and the longest is the padded vocabulary (50,304 in nn).
+ */
+import { assertEquals, assertThrows } from "@std/assert";
+import type { LaneModel } from "../../lib/gpu/device.ts";
+import { createMatmul, type LoraOperands, type Matmul, type Product } from "../../lib/ops/matmul.ts";
+import { assertClose, wave } from "../check.ts";
+import { type Bench, gpuTest, stored } from "../on_gpu.ts";
+import { addTo, matmulNN, matmulNT, matmulTN } from "../reference.ts";
+
+/** A family of kernels, by the lane model that chooses it; matmul_tiled_test.ts names the tiles of the GPU families. */
+const FAMILIES: readonly { name: string; lanes: LaneModel }[] = [{ name: "matmul_subgroup", lanes: "subgroup" }];
+
+const BOUND = 1e-11;
+
+type Dtype = "f32" | "f16" | "bf16";
+type Entry = keyof Matmul;
+
+interface Case {
+  /** Rows and columns of the result, and the length of the sums. */
+  readonly size: readonly [number, number, number];
+  readonly w?: Dtype;
+  readonly plus?: "tensor" | "out";
+  readonly scale?: number;
+  /** Elements before each operand, and after each of its rows. */
+  readonly gap?: readonly [number, number];
+  /** Ranks of the segments, and their columns. */
+  readonly ranks?: readonly number[];
+  readonly columns?: readonly number[];
+}
+
+/** Where a matrix lies in a buffer of other numbers. */
+class Place {
+  readonly offset: number;
+  readonly stride: number;
+  constructor(readonly rows: number, readonly columns: number, [before, after]: readonly [number, number]) {
+    this.offset = before;
+    this.stride = columns + after;
+  }
+  get length() {
+    return this.offset + this.rows * this.stride;
+  }
+  put(values: ArrayLike<number>, into: Float32Array<ArrayBuffer>) {
+    for (let r = 0; r < this.rows; r++) {
+      for (let c = 0; c < this.columns; c++) into[this.offset + r * this.stride + c] = values[r * this.columns + c]!;
+    }
+    return into;
+  }
+}
+
+/** Low-rank operands with a column of x and a row of w that belong to nobody, and what they add to the product. */
+async function lowRank({ input }: Bench, entry: Entry, { size: [M, N], ranks = [], columns = [N] }: Case) {
+  const wide = ranks.reduce((a, b) => a + b, 4), sum = new Float64Array(M * N);
+  const lx = wave(M * wide, 6), parts: Float32Array[] = [wave(8, 9)], segments: LoraOperands["segments"][number][] = [];
+  let start = 0, x = 4, w = 8;
+  ranks.forEach((r, i) => {
+    const n = columns[i]!, part = wave(n * r, 7 + i);
+    const mine = Float32Array.from({ length: M * r }, (_, at) => lx[Math.floor(at / r) * wide + x + at % r]!);
+    const product = (entry === "nt" ? matmulNT : matmulNN)(mine, part, { M, N: n, K: r });
+    product.forEach((value, at) => sum[Math.floor(at / n) * N + start + at % n] = value);
+    segments.push({ columns: n, r, x, w });
+    parts.push(part);
+    start += n;
+    x += r;
+    w += n * r;
+  });
+  const all = new Float32Array(w);
+  parts.reduce((at, part) => (all.set(part, at), at + part.length), 0);
+  const operands = { x: { tensor: await input("lora_x", lx, { shape: [M, wide] }) }, w: await input("lora_w", all), segments };
+  return { operands, sum };
+}
+
+/** Runs one product and compares its result, and what lies around it in the same tensor. */
+async function check(bench: Bench, { matmul, entry, of }: { matmul: Matmul; entry: Entry; of: Case }): Promise<void> {
+  const { size: [M, N, K], w: dtype = "f32", plus, scale = 1, gap = [0, 0], ranks } = of;
+  const name = `${entry} ${JSON.stringify(of)}`;
+  const place = { x: entry === "tn" ? new Place(K, M, gap) : new Place(M, K, gap), out: new Place(M, N, gap) };
+  const wPlace = entry === "nt" ? new Place(N, K, gap) : new Place(K, N, gap);
+  const x = wave(M * K), w = stored(wave(N * K, 1), dtype).values;
+  const operand = async (as: string, { at, values, dtype }: { at: Place; values: Float32Array; dtype: Dtype }) => ({
+    tensor: await bench.input(as, stored(at.put(values, wave(at.length, 5)), dtype).bytes, { dtype }),
+    offset: at.offset,
+    stride: at.stride,
+  });
+  const products = { nt: matmulNT, nn: matmulNN, tn: matmulTN };
+  const sums = products[entry](x, w, { M, N, K, T: K });
+  const lora = ranks && await lowRank(bench, entry, of);
+  if (lora) addTo(sums, lora.sum);
+
+  const start = wave(place.out.length, 3), addend = wave(place.out.length, 4);
+  const out = bench.output("out", { shape: [place.out.length], start });
+  const product: Product = {
+    rows: bench.rows(entry === "tn" ? K : M),
+    x: await operand("x", { at: place.x, values: x, dtype: "f32" }),
+    w: await operand("w", { at: wPlace, values: w, dtype }),
+    out: { tensor: out, offset: place.out.offset, stride: place.out.stride },
+    n: N,
+    ...(entry === "tn" ? { m: M } : { k: K }),
+    scale,
+    lora: lora?.operands,
+    plus: plus === "tensor" ? await bench.input("add", addend) : plus,
+  };
+  const [found] = await bench.compute([matmul[entry](product)], [out]);
+  const old = plus === "out" ? start : plus === "tensor" ? addend : new Float32Array(start.length);
+  const expected = Float64Array.from({ length: M * N }, (_, i) => {
+    const at = place.out.offset + Math.floor(i / N) * place.out.stride + i % N;
+    return Math.fround(scale) * sums[i]! + old[at]!;
+  });
+  const result = expected.map((_, i) => found![place.out.offset + Math.floor(i / N) * place.out.stride + i % N]!);
+  assertClose(result, expected, { nmse: BOUND, name });
+  const zeros = new Float32Array(M * N);
+  assertEquals(place.out.put(zeros, found!), place.out.put(zeros, start.slice()), `${name} writes around its result`);
+}
+
+const ROWS = [1, 31, 32, 33, 257];
+const DTYPES: readonly Dtype[] = ["f32", "f16", "bf16"];
+const GAP = [8, 16] as const;
+
+const CASES: Record<Entry, readonly Case[]> = {
+  nt: [
+    ...ROWS.flatMap((M) => DTYPES.map((w): Case => ({ size: [M, 36, 72], w }))),
+    ...DTYPES.map((w): Case => ({ size: [33, 64, 2752], w })),
+    ...DTYPES.map((w): Case => ({ size: [33, 40, 24], w, gap: GAP, plus: "out", scale: 0.37 })),
+    { size: [1, 4, 8] },
+    { size: [40, 132, 64], plus: "tensor", gap: GAP },
+    { size: [33, 36, 8], ranks: [8], columns: [36], gap: GAP },
+    { size: [31, 72, 64], ranks: [16, 16], columns: [40, 32], w: "f16" },
+    { size: [65, 92, 64], ranks: [0, 8, 8], columns: [36, 36, 20], w: "bf16", scale: 2, plus: "out" },
+    { size: [32, 92, 64], ranks: [16, 0, 16], columns: [36, 36, 20], w: "f16", scale: -0.5, plus: "tensor" },
+    { size: [5, 92, 16], ranks: [8, 8, 0], columns: [36, 20, 36] },
+  ],
+  nn: [
+    ...ROWS.flatMap((M) => DTYPES.map((w): Case => ({ size: [M, 36, 72], w }))),
+    ...DTYPES.map((w): Case => ({ size: [33, 64, 2752], w })),
+    ...DTYPES.map((w): Case => ({ size: [33, 40, 24], w, gap: [4, 12], plus: "out", scale: 0.37 })),
+    { size: [1, 4, 8] },
+    { size: [40, 132, 64], plus: "tensor", gap: GAP },
+    { size: [33, 36, 8], ranks: [8], columns: [36], gap: GAP },
+    { size: [65, 72, 64], ranks: [48], columns: [72], w: "f16", scale: 2, plus: "out" },
+    { size: [31, 132, 64], ranks: [16], columns: [132], w: "bf16", plus: "tensor" },
+  ],
+  tn: [
+    ...ROWS.flatMap((K) => DTYPES.map((w): Case => ({ size: [36, 40, K], w }))),
+    ...DTYPES.map((w): Case => ({ size: [36, 8, 33], w, gap: [4, 12], plus: "out", scale: 0.37 })),
+    { size: [4, 4, 1] },
+    { size: [200, 132, 2752], plus: "out" },
+    { size: [64, 96, 5], plus: "tensor" },
+  ],
+};
+
+for (const family of FAMILIES) {
+  for (const entry of ["nt", "nn", "tn"] as const) {
+    gpuTest(`${family.name}.${entry} agrees with the reference`, async (bench) => {
+      const matmul = createMatmul(bench.gpu);
+      for (const of of CASES[entry]) await check(bench, { matmul, entry, of });
+    }, { models: [family.lanes] });
+  }
+}
+
+gpuTest("createMatmul() refuses what its kernels cannot load", async ({ gpu, input, output, rows }) => {
+  const matmul = createMatmul(gpu);
+  const x = { tensor: await input("x", wave(64), { shape: [8, 8] }) };
+  const half = { tensor: await input("w", new Uint8Array(128), { shape: [8, 8], dtype: "f16" }) };
+  const out = { tensor: output("y", { shape: [8, 8] }) };
+  const product = { rows: rows(8), x, w: x, out, n: 8, k: 8 };
+  const lora = (segments: LoraOperands["segments"]) => ({ x, w: x.tensor, segments });
+  const part = { columns: 4, r: 8, x: 0, w: 0 };
+  const refused = (given: Partial<Product>, message: string, entry: Entry = "nt") =>
+    assertThrows(() => matmul[entry]({ ...product, ...given }), Error, message);
+  refused({ n: 6 }, 'Cannot multiply "y" = nt("x", "x"): n 6 and m 0 must be multiples of 4, k 8 of 8');
+  refused({ k: 4 }, "k 4 of 8");
+  refused({ w: { tensor: { ...x.tensor, dtype: "u8" } } }, "weights are u8");
+  refused({ x: { ...x, offset: 2 } }, "offsets and strides must be multiples of 4");
+  refused({ w: { ...half, offset: 4 } }, "those of the weights here of 8");
+  refused({ lora: lora([part]) }, "at most 3 low-rank segments must cover the 8 columns");
+  refused({ lora: lora([part, part]) }, "at most 1 low-rank segments must cover", "nn");
+  refused({ lora: lora([part, { ...part, r: 16 }]) }, "segments have ranks 8,16: one is wanted");
+}, { models: false });
