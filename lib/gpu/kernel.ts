@@ -101,8 +101,9 @@ export class Kernel {
       const buffer = "buffer" in resource ? resource.buffer as GPUBuffer : resource;
       entries.push({ binding: binding.index, resource: { buffer } });
     }
+    if (dims && !this.#bindings.has("dims")) throw new TypeError(`Cannot record ${label}: ${this.name}.wgsl has no dims`);
     if (dims) entries.push({ binding: this.#bindings.get("dims")!.index, resource: { buffer: this.#dimsBuffer(label, dims) } });
-    const bindGroup = this.#checked(label, () =>
+    const bindGroup = this.#checked(`record ${label}`, () =>
       this.#gpu.device.createBindGroup({ label, layout: pipeline.getBindGroupLayout(0), entries }));
     const limit = this.#gpu.limits.maxComputeWorkgroupsPerDimension;
     const checked = (size: Grid): Grid => {
@@ -120,13 +121,13 @@ export class Kernel {
     const lanes = this.#source.includes("override LANES") ? { LANES: laneCount(this.#gpu) } : {};
     const all = { ...lanes, ...constants };
     const text = unroll(this.#source, all);
-    const declared = Object.fromEntries(Object.entries(all).filter(([name]) => text.includes(`override ${name}`)));
+    const declared = Object.fromEntries(Object.entries(all).filter(([name]) => new RegExp(`\\boverride ${name}\\b`).test(text)));
     if (Object.keys(declared).length < Object.keys(all).length) {
       const unknown = Object.keys(all).find((name) => !(name in declared));
       throw new TypeError(`Cannot compile ${this.name}.wgsl: it has no override constant "${unknown}"`);
     }
     const label = `${this.name}.${entry}`;
-    const pipeline = this.#checked(label, () => {
+    const pipeline = this.#checked(`compile ${label}`, () => {
       const module = this.#module(text);
       return this.#gpu.device.createComputePipeline({
         label,
@@ -147,11 +148,11 @@ export class Kernel {
   }
 
   /** Runs `make` inside a validation scope, so that a bad kernel fails here, with naga's own message and caret. */
-  #checked<T>(label: string, make: () => T): T {
+  #checked<T>(what: string, make: () => T): T {
     this.#gpu.device.pushErrorScope("validation");
     const made = make();
     this.#gpu.device.popErrorScope().then((error) => {
-      if (error) throw new Error(`Cannot compile ${label}: ${error.message}`);
+      if (error) throw new Error(`Cannot ${what}: ${error.message.trim()}`);
     });
     return made;
   }

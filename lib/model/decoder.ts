@@ -53,8 +53,6 @@ export class Decoder {
   /** By how many rows share a weight. */
   readonly #programs = new Map<number, Program>();
   readonly #staging: Tensor;
-  /** 4-bit weights that share scratch are decoded again for every layer of every step. */
-  readonly #scratch: boolean;
   #pending: Promise<void>[] = [];
 
   /** Allocates the cache and records the reading of prompts. */
@@ -77,9 +75,6 @@ export class Decoder {
     };
     this.#rows = { reading: createRows(gpu, "prompt tokens"), writing: createRows(gpu, "sequences") };
     this.#staging = createStaging(gpu, batch * paddedVocab(config) * 4);
-    const linears = weights.layers.flatMap(({ qkv, o, gateUp, down }) => [qkv, o, gateUp, down]);
-    this.#scratch = new Set(linears.map(({ weight }) => weight)).size < linears.length;
-    if (!this.#scratch) run(gpu, weights.layers.flatMap(decode));
     const rows = this.#rows.reading, { batch: { positions, labelRows }, x } = this.#reading;
     const slots = this.#slots.reading, last = this.#writing.x.at(-1)!;
     this.#read = [
@@ -108,7 +103,7 @@ export class Decoder {
       ...weights.layers.flatMap((layer, l) => {
         const a = plan.activations[l]!;
         const step = { ops: opsOf(l), rows, batch, weights: layer, lora: lora?.[l], a, x: x[l]!, y: x[l + 1]! };
-        return [...(this.#scratch ? decode(layer) : []), ...forward(step), ...after(l, a.qkv)];
+        return [...decode(layer), ...forward(step), ...after(l, a.qkv)];
       }),
     ];
   }

@@ -158,6 +158,17 @@ Deno.test(
       const tuned = await losses({ ...folders, adapter }, first);
       assertAlmostEquals(tuned.evaluation.evalLoss, trained.numbers.best_eval_loss as number, 1e-5);
 
+      await stage(dir, "06_evaluate", "--samples 1 --max-new-tokens 4");
+      const { base: untuned, tuned: better } = readJson<Record<"base" | "tuned", Numbers>>(
+        at("06_evaluate/evaluation.json"),
+      );
+      assertEquals(
+        untuned.tokens,
+        labelledTokens([batchOf(readRows(at("03_dataset/test.safetensors")), [0, 1, 2, 3])]),
+      );
+      assertAlmostEquals(untuned.perplexity!, Math.exp(untuned.nll_sum! / untuned.tokens!), 1e-9);
+      assertLess(better.perplexity!, untuned.perplexity!);
+
       const merged = numbersOf(await stage(dir, "07_merge"));
       const input = merged.input_ids as unknown as number[];
       const apart = await logitsOf({ model: at("01_convert"), adapter: at("07_merge/lora_adapters") }, input);
@@ -165,6 +176,10 @@ Deno.test(
       assertEquals(merged.max_logit_difference, largestDifference(apart, together));
       assertLess(merged.max_logit_difference!, 1e-4 * merged.largest_logit!);
       assertGreater(merged.adapter_effect!, 0.1);
+
+      const answer = await attempt(dir, "ask", "Why? --greedy --max-new-tokens 4");
+      assertEquals([answer.code, answer.err], [0, ""], answer.out);
+      assertStringIncludes(answer.out, "4 tokens in ");
 
       const upload = await stage(dir, "08_upload", "--dry-run");
       assertEquals([upload.numbers.dry_run, upload.numbers.sent_bytes], [true, 0]);
@@ -179,9 +194,7 @@ Deno.test(
           err: "",
         });
       }
-      const before = Deno.statSync(at("02_load/model.safetensors")).ino;
       const single = numbersOf(await stage(dir, "02_load", "--double-quant false"));
-      assert(Deno.statSync(at("02_load/model.safetensors")).ino !== before);
       assertGreater(single.bytes!, loaded.bytes!);
       assert(![...elements(at("02_load")).keys()].some((name) => name.endsWith(".nested_absmax")));
       assertEquals(numbersOf(await stage(dir, "02_load", "--double-quant false --force")), single);
