@@ -36,7 +36,11 @@ export interface Bench {
 }
 
 function createBench(gpu: Gpu, made: GPUBuffer[]): Bench {
-  const allocate = (name: string, start: Uint8Array, { shape, dtype }: { shape: readonly number[]; dtype: Storage }) => {
+  const allocate = (
+    name: string,
+    start: Uint8Array,
+    { shape, dtype }: { shape: readonly number[]; dtype: Storage },
+  ) => {
     const tensor = createTensor(gpu, { name, shape: [start.length + GUARD_BYTES], dtype: "u8" });
     made.push(tensor.buffer);
     return { ...tensor, shape, dtype };

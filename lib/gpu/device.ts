@@ -73,7 +73,8 @@ async function open(): Promise<Gpu> {
     name,
     cpu,
     subgroup: fixed ? info.subgroupMinSize : 0,
-    lanes: fixed && cpu ? "subgroup" : "shared",
+    // Kernels for subgroups keep as much per lane as eight or more lanes share; CPUs without wide vectors have four.
+    lanes: fixed && cpu && info.subgroupMinSize >= 8 ? "subgroup" : "shared",
     timestamps,
     limits: device.limits,
   };
@@ -83,7 +84,9 @@ async function open(): Promise<Gpu> {
 function failOnErrors(device: GPUDevice): void {
   device.addEventListener("uncapturederror", (event) => {
     event.preventDefault();
-    Promise.reject(new Error(`Cannot go on after a GPU error: ${(event as GPUUncapturedErrorEvent).error.message.trim()}`));
+    Promise.reject(
+      new Error(`Cannot go on after a GPU error: ${(event as GPUUncapturedErrorEvent).error.message.trim()}`),
+    );
   });
   device.lost.then((lost) => {
     if (lost.reason !== "destroyed") throw new Error(`Cannot go on: the GPU device was lost: ${lost.message}`);

@@ -20,7 +20,9 @@ export interface Dispatch {
 }
 
 /** A command that is no dispatch: zero a tensor, or copy one into another. */
-export type Command = Dispatch | { readonly clear: Tensor } | { readonly copy: { from: Tensor; to: Tensor; bytes: number } };
+export type Command = Dispatch | { readonly clear: Tensor } | {
+  readonly copy: { from: Tensor; to: Tensor; bytes: number };
+};
 
 /** A number of rows that changes from run to run: tokens of a micro-batch, labelled tokens of a chunk. */
 export interface Rows {
@@ -101,16 +103,29 @@ export class Kernel {
       const buffer = "buffer" in resource ? resource.buffer as GPUBuffer : resource;
       entries.push({ binding: binding.index, resource: { buffer } });
     }
-    if (dims && !this.#bindings.has("dims")) throw new TypeError(`Cannot record ${label}: ${this.name}.wgsl has no dims`);
-    if (dims) entries.push({ binding: this.#bindings.get("dims")!.index, resource: { buffer: this.#dimsBuffer(label, dims) } });
-    const bindGroup = this.#checked(`record ${label}`, () =>
-      this.#gpu.device.createBindGroup({ label, layout: pipeline.getBindGroupLayout(0), entries }));
+    if (dims && !this.#bindings.has("dims")) {
+      throw new TypeError(`Cannot record ${label}: ${this.name}.wgsl has no dims`);
+    }
+    if (dims) {
+      entries.push({ binding: this.#bindings.get("dims")!.index, resource: { buffer: this.#dimsBuffer(label, dims) } });
+    }
+    const bindGroup = this.#checked(
+      `record ${label}`,
+      () => this.#gpu.device.createBindGroup({ label, layout: pipeline.getBindGroupLayout(0), entries }),
+    );
     const limit = this.#gpu.limits.maxComputeWorkgroupsPerDimension;
     const checked = (size: Grid): Grid => {
-      if (size?.some((n) => n > limit)) throw new RangeError(`Cannot dispatch ${label}: grid [${size}] exceeds ${limit}`);
+      if (size?.some((n) => n > limit)) {
+        throw new RangeError(`Cannot dispatch ${label}: grid [${size}] exceeds ${limit}`);
+      }
       return size;
     };
-    return { label, pipeline, bindGroup, grid: typeof grid === "function" ? () => checked(grid()) : () => checked(grid) };
+    return {
+      label,
+      pipeline,
+      bindGroup,
+      grid: typeof grid === "function" ? () => checked(grid()) : () => checked(grid),
+    };
   }
 
   #pipeline(entry: string, constants: Readonly<Record<string, number>>): GPUComputePipeline {
@@ -121,7 +136,9 @@ export class Kernel {
     const lanes = this.#source.includes("override LANES") ? { LANES: laneCount(this.#gpu) } : {};
     const all = { ...lanes, ...constants };
     const text = unroll(this.#source, all);
-    const declared = Object.fromEntries(Object.entries(all).filter(([name]) => new RegExp(`\\boverride ${name}\\b`).test(text)));
+    const declared = Object.fromEntries(
+      Object.entries(all).filter(([name]) => new RegExp(`\\boverride ${name}\\b`).test(text)),
+    );
     if (Object.keys(declared).length < Object.keys(all).length) {
       const unknown = Object.keys(all).find((name) => !(name in declared));
       throw new TypeError(`Cannot compile ${this.name}.wgsl: it has no override constant "${unknown}"`);
@@ -161,7 +178,9 @@ export class Kernel {
     const missing = this.#dims.find(({ name }) => dims[name] === undefined);
     const unknown = Object.keys(dims).find((name) => !this.#dims.some((field) => field.name === name));
     if (missing || unknown) {
-      throw new TypeError(`Cannot record ${label}: dims ${missing ? `lack "${missing.name}"` : `have no "${unknown}"`}`);
+      throw new TypeError(
+        `Cannot record ${label}: dims ${missing ? `lack "${missing.name}"` : `have no "${unknown}"`}`,
+      );
     }
     const size = Math.ceil(this.#dims.length / 4) * 16;
     const buffer = this.#gpu.device.createBuffer({

@@ -41,7 +41,9 @@ function expand(source: string, known: Known): string {
   for (let head = HEAD.exec(rest); head; head = HEAD.exec(rest)) {
     const [matched, indent, most, name, start, end, step] = head;
     const open = head.index + matched.length;
-    const first = evaluate(start!, known), last = evaluate(end!, known), by = step === undefined ? 1 : evaluate(step, known);
+    const first = evaluate(start!, known),
+      last = evaluate(end!, known),
+      by = step === undefined ? 1 : evaluate(step, known);
     if (!(by > 0)) throw new SyntaxError(`Cannot unroll a loop: its step "${step}" is ${by}`);
     if (most !== undefined && (last - first) / by > Number(most)) {
       done += rest.slice(0, open);
@@ -106,7 +108,9 @@ function evaluate(expression: string, known: Known): number {
   };
   const sum = (): number => {
     let value = product();
-    while (tokens[at] === "+" || tokens[at] === "-") value = tokens[at++] === "+" ? value + product() : value - product();
+    while (tokens[at] === "+" || tokens[at] === "-") {
+      value = tokens[at++] === "+" ? value + product() : value - product();
+    }
     return value;
   };
   const value = sum();

@@ -49,10 +49,12 @@ export async function saveCheckpoint(
   await Deno.rename(temporary, dir);
 }
 
-/** Reads a checkpoint's run state. */
+/** Reads a checkpoint's run state. Throws where the file is not whole or not of a run. */
 export function readRunState(dir: string): RunState {
   using source = openSafetensors(`${dir}/state.safetensors`);
-  return JSON.parse(source.metadata.run!) as RunState;
+  const { run } = source.metadata;
+  if (run === undefined) throw new SyntaxError(`Cannot read "${source.path}": its metadata tells of no run`);
+  return JSON.parse(run) as RunState;
 }
 
 /**

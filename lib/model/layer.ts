@@ -6,7 +6,7 @@
  */
 import type { Command, Rows } from "../gpu/kernel.ts";
 import type { Tensor } from "../gpu/tensor.ts";
-import { type LayerLora, linearBackward, linearForward, lowRankInput } from "./lora.ts";
+import { type LayerLora, linearBackward, linearForward, type LoraDropout, lowRankInput } from "./lora.ts";
 import type { Ops } from "./ops.ts";
 import type { Activations, BatchTensors, Gradients } from "./plan.ts";
 import type { FusedName, LayerWeights } from "./weights.ts";
@@ -27,6 +27,8 @@ export interface LayerStep {
   readonly a: Activations;
   /** The layer's input `[T, C]`. */
   readonly x: Tensor;
+  /** Of what the adapter reads, in training with dropout. */
+  readonly dropout?: LoraDropout | undefined;
 }
 
 /** Decodes 4-bit weights into scratch; nothing for dense ones. */
@@ -36,9 +38,16 @@ export function decode(weights: LayerWeights): Command[] {
 
 /** `y = mid + down(silu(gate) · up)`, `mid = x + o(attention(x))`. Without `y` only what backward needs is computed. */
 export function forward(
-  { ops, rows, batch, weights, lora, a, x, y }: LayerStep & { y: Tensor | undefined },
+  { ops, rows, batch, weights, lora, a, x, y, dropout }: LayerStep & { y: Tensor | undefined },
 ): Command[] {
-  const linear = (name: FusedName) => ({ ops, rows, linear: weights[name], lora: lora?.[name] ?? null, u: a.u[name] });
+  const linear = (name: FusedName) => ({
+    ops,
+    rows,
+    linear: weights[name],
+    lora: lora?.[name] ?? null,
+    u: a.u[name],
+    dropout,
+  });
   return [
     ops.norm.forward({ rows, x, weight: weights.inputNorm, out: a.h1, rstd: a.rstd1 }),
     ...linearForward({ ...linear("qkv"), x: a.h1, out: a.qkv }),
@@ -59,7 +68,7 @@ export function forward(
  * learns, so the gradient of `x` is not made.
  */
 export function backward(
-  { ops, rows, batch, weights, lora, a, x, g, d, last }: LayerStep & {
+  { ops, rows, batch, weights, lora, a, x, g, d, last, dropout }: LayerStep & {
     g: Gradients;
     d: LayerWeightGradients | undefined;
     last: boolean;
@@ -73,6 +82,7 @@ export function backward(
     u: a.u[name],
     v: g.v[name],
     dweight: d?.[name],
+    dropout,
   });
   const normWeight = (x: Tensor, rstd: Tensor, dweight: Tensor | undefined): Command[] =>
     dweight ? [ops.norm.backwardWeight({ rows, x, rstd, dout: g.dh, dweight })] : [];

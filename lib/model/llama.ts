@@ -6,12 +6,13 @@ import { type Gpu, openGpu } from "../gpu/device.ts";
 import { type Command, createRows, type Rows } from "../gpu/kernel.ts";
 import { run } from "../gpu/program.ts";
 import { createTensor, download, downloadBytes, type Tensor } from "../gpu/tensor.ts";
+import { createDropout } from "../ops/dropout.ts";
 import { type Adapter, readAdapter } from "./adapter.ts";
 import { type ModelConfig, readConfig } from "./config.ts";
 import { createFullGradients, type FullGradients } from "./full.ts";
 import { createHead, type Head } from "./head.ts";
 import { backward, decode, forward } from "./layer.ts";
-import { createLora, type LayerLora, readSlots } from "./lora.ts";
+import { createLora, type LayerLora, type LoraDropout, readSlots } from "./lora.ts";
 import { createOps, type Ops } from "./ops.ts";
 import type { ParameterGroup } from "./optimizer.ts";
 import { createPlan, headChunk, type Plan } from "./plan.ts";
@@ -60,6 +61,8 @@ export class Llama {
   readonly #rows: Rows;
   readonly #head: Head;
   readonly #scale: GPUBuffer;
+  /** Names the micro-batch to dropout. */
+  readonly #draw: GPUBuffer;
   readonly #sums: Tensor;
   readonly #embed: readonly Command[];
   readonly #forward: readonly Command[];
@@ -74,10 +77,11 @@ export class Llama {
       lora: LayerLora[] | undefined;
       plan: Plan;
       full: FullGradients | undefined;
+      dropout: number;
     },
     { checkpointing, inputGradient }: { checkpointing: "none" | "block"; inputGradient: boolean },
   ) {
-    const { config, ops, weights, lora, plan, full } = parts;
+    const { config, ops, weights, lora, plan, full, dropout } = parts;
     this.gpu = gpu;
     this.config = config;
     this.ops = ops;
@@ -90,6 +94,7 @@ export class Llama {
     this.#sums = createTensor(gpu, { name: "nll_sums", shape: [RING] });
     const usage = GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST;
     this.#scale = gpu.device.createBuffer({ label: "scale", size: 16, usage });
+    this.#draw = gpu.device.createBuffer({ label: "dropout.draw", size: 16, usage });
     this.#head = createHead(gpu, {
       ops,
       config,
@@ -112,24 +117,35 @@ export class Llama {
     this.#embed = weights.embed.map(({ first, tensor }) =>
       ops.embedding.gather({ rows, ids: batch.ids, table: tensor, out: plan.x[0]!, first })
     );
-    this.#forward = weights.layers.flatMap((layer, l) => [
-      ...decode(layer),
-      ...forward({ ...step(l), y: plan.x[l + 1]! }),
-    ]);
+    const up = (site: (layer: number) => LoraDropout | undefined): Command[] =>
+      weights.layers.flatMap((layer, l) => [
+        ...decode(layer),
+        ...forward({ ...step(l), y: plan.x[l + 1]!, dropout: site(l) }),
+      ]);
+    this.#forward = up(() => undefined);
+    const scratch = plan.gradients?.dropped;
+    const op = createDropout(gpu, { p: dropout, draw: this.#draw });
+    const site = (layer: number) => scratch && { op, scratch, layer };
     const down: Command[] = [];
     for (let l = config.num_hidden_layers - 1; plan.gradients && l >= 0; l--) {
       // The insides of the last layer are still there; those of the others are computed again under block checkpointing.
       const again = checkpointing === "block" && l < config.num_hidden_layers - 1;
       down.push(...(l < config.num_hidden_layers - 1 ? decode(weights.layers[l]!) : []));
-      if (again) down.push(...forward({ ...step(l), y: undefined }));
+      if (again) down.push(...forward({ ...step(l), y: undefined, dropout: site(l) }));
       down.push(
-        ...backward({ ...step(l), g: plan.gradients, d: full?.layers[l], last: l === 0 && !full && !inputGradient }),
+        ...backward({
+          ...step(l),
+          dropout: site(l),
+          g: plan.gradients,
+          d: full?.layers[l],
+          last: l === 0 && !full && !inputGradient,
+        }),
       );
     }
     if (full) down.push(...full.embedding({ ops, dx: plan.gradients!.dx }));
     const { gradients } = plan;
     this.#train = gradients
-      ? [...this.#embed, ...this.#forward, { clear: gradients.dx }, ...this.#head.train, ...down]
+      ? [...this.#embed, ...(scratch ? up(site) : this.#forward), { clear: gradients.dx }, ...this.#head.train, ...down]
       : [];
   }
 
@@ -141,6 +157,7 @@ export class Llama {
     const ops = await createOps(gpu, config);
     const weights = await loadWeights(gpu, { dir: model, config, trainable: train === "full", resident });
     const adapter = typeof options.adapter === "string" ? readAdapter(options.adapter, config) : options.adapter;
+    const dropout = adapter?.lora.lora_dropout ?? 0;
     const lora = adapter && await createLora(gpu, { config, ...adapter });
     const chunk = headChunk(gpu, { config, tokens, checkpointing });
     const plan = createPlan(gpu, {
@@ -148,11 +165,12 @@ export class Llama {
       tokens,
       checkpointing,
       training: train !== "none",
+      dropout: train === "lora" && dropout > 0,
       lora: widest(lora),
       chunk,
     });
     const full = train === "full" ? createFullGradients(gpu, { config, weights, tokens }) : undefined;
-    return new Llama(gpu, { config, ops, weights, lora, plan, full }, { checkpointing, inputGradient });
+    return new Llama(gpu, { config, ops, weights, lora, plan, full, dropout }, { checkpointing, inputGradient });
   }
 
   /** Uploads a micro-batch; `slot` is where its loss is summed, `items` the labelled tokens that the loss averages over. */
@@ -198,15 +216,21 @@ export class Llama {
     return labelled;
   }
 
-  /** Forward and backward: adds the loss to `slot` and the gradients of the loss over `items` tokens to the groups'. */
-  accumulate(batch: MicroBatch, at: { items: number; slot: number }): void {
+  /**
+   * Forward and backward: adds the loss to `slot` and the gradients of the loss over `items` tokens to the groups'. Dropout
+   * draws by `draw`.
+   */
+  accumulate(batch: MicroBatch, at: { items: number; slot: number; draw?: number }): void {
     run(this.gpu, this.accumulation(batch, at));
   }
 
   /** Uploads a micro-batch and returns the commands of `accumulate`: to be run before anything else is uploaded. */
-  accumulation(batch: MicroBatch, at: { items: number; slot: number }): readonly Command[] {
+  accumulation(batch: MicroBatch, at: { items: number; slot: number; draw?: number }): readonly Command[] {
     if (this.#train.length === 0) throw new Error("Cannot train: the model was opened for evaluation");
     this.#set(batch, at);
+    if (this.plan.gradients?.dropped) {
+      this.gpu.queue.writeBuffer(this.#draw, 0, new Uint32Array([at.draw ?? 0, 0, 0, 0]));
+    }
     return this.#train;
   }
 

@@ -6,9 +6,10 @@ import type { Gpu } from "../gpu/device.ts";
 import type { Command, Rows } from "../gpu/kernel.ts";
 import { createTensor, downloadBytes, type Tensor, upload } from "../gpu/tensor.ts";
 import type { ParameterSlot } from "../ops/adamw.ts";
+import type { Dropout } from "../ops/dropout.ts";
 import type { LoraOperands } from "../ops/matmul.ts";
 import { adapterTensors, type LoraConfig, scaling } from "./adapter.ts";
-import { type LinearModule, linearShape, type ModelConfig } from "./config.ts";
+import { type LinearModule, linearModules, linearShape, type ModelConfig } from "./config.ts";
 import type { Ops } from "./ops.ts";
 import { FUSED, type FusedName, type Linear } from "./weights.ts";
 
@@ -141,6 +142,19 @@ export async function readSlots(
   return out;
 }
 
+/** Dropout of what the adapter reads, while it trains: each projection draws its own, as in PEFT. */
+export interface LoraDropout {
+  readonly op: Dropout;
+  /** `[rows, k]` for the widest k. */
+  readonly scratch: Tensor;
+  readonly layer: number;
+}
+
+/** Tells the projections of a model apart. */
+function salt({ layer }: LoraDropout, module: LinearModule): number {
+  return layer * linearModules.length + linearModules.indexOf(module);
+}
+
 /** Tensors of one linear layer's forward pass; `u` `[rows, lora.columns]` is kept for backward. */
 export interface LinearForward {
   readonly ops: Ops;
@@ -152,6 +166,7 @@ export interface LinearForward {
   readonly out: Tensor;
   /** Added to the result: the residual. */
   readonly plus?: Tensor;
+  readonly dropout?: LoraDropout | undefined;
 }
 
 /** `out = x · Wᵀ + scale · (x · Aᵀ) · Bᵀ (+ plus)`: the adapter rides in the base product as extra inner columns. */
@@ -171,19 +186,24 @@ export function linearForward(t: LinearForward): Command[] {
 }
 
 /** `u = scale · x · Aᵀ` for the stacked A of all adapted projections: all that backward needs of this layer's forward. */
-export function lowRankInput({ ops, rows, linear, lora, x, u }: Omit<LinearForward, "out" | "plus">): Command[] {
+export function lowRankInput(t: Omit<LinearForward, "out" | "plus">): Command[] {
+  const { ops, rows, linear, lora, x, u, dropout } = t;
   if (!lora) return [];
-  return [
-    ops.matmul.nt({
-      rows,
-      x: { tensor: x },
-      w: { tensor: lora.params, offset: lora.a, stride: linear.k },
-      out: { tensor: u! },
-      n: lora.columns,
-      k: linear.k,
-      scale: lora.scale,
-    }),
-  ];
+  const k = linear.k, product = { rows, k, scale: lora.scale };
+  if (!dropout) {
+    const w = { tensor: lora.params, offset: lora.a, stride: k };
+    return [ops.matmul.nt({ ...product, x: { tensor: x }, w, out: { tensor: u! }, n: lora.columns })];
+  }
+  return linear.parts.flatMap(({ module }, i) => {
+    const part = lora.parts[i];
+    if (!part) return [];
+    const out = { tensor: u!, offset: part.u, stride: lora.columns };
+    const w = { tensor: lora.params, offset: part.a, stride: k };
+    return [
+      dropout.op.apply({ rows, x, out: dropout.scratch, dim: k, salt: salt(dropout, module) }),
+      ops.matmul.nt({ ...product, x: { tensor: dropout.scratch, stride: k }, w, out, n: lora.padded }),
+    ];
+  });
 }
 
 function segments(linear: Linear, lora: LoraLinear, u: Tensor): LoraOperands {
@@ -211,15 +231,16 @@ export interface LinearBackward {
   readonly dx?: Tensor | undefined;
   /** Gradient of the base weight `[n, k]`, added to, in full training. */
   readonly dweight?: Tensor | undefined;
+  readonly dropout?: LoraDropout | undefined;
 }
 
 /** `dB += doutᵀ · u`, `v = scale · dout · B`, `dA += vᵀ · x`, `dx = dout · W + v · A`; in full training `dW += doutᵀ · x`. */
 export function linearBackward(t: LinearBackward): Command[] {
-  const { ops: { matmul }, rows, linear, lora } = t;
+  const { ops: { matmul }, rows, linear, lora, dropout } = t;
   const commands: Command[] = [];
   if (lora) {
     let column = 0;
-    linear.parts.forEach(({ columns }, i) => {
+    linear.parts.forEach(({ module, columns }, i) => {
       const part = lora.parts[i];
       if (part) {
         const dout = { tensor: t.dout, offset: column, stride: linear.n };
@@ -244,31 +265,63 @@ export function linearBackward(t: LinearBackward): Command[] {
             scale: lora.scale,
           }),
         );
+        if (dropout) {
+          commands.push(
+            dropout.op.apply({ rows, x: t.x, out: dropout.scratch, dim: linear.k, salt: salt(dropout, module) }),
+            matmul.tn({
+              rows,
+              x: { tensor: t.v!, offset: part.u, stride: lora.columns },
+              w: { tensor: dropout.scratch, stride: linear.k },
+              out: { tensor: lora.grads, offset: part.a, stride: linear.k },
+              m: lora.padded,
+              n: linear.k,
+              plus: "out",
+            }),
+          );
+        }
       }
       column += columns;
     });
-    commands.push(matmul.tn({
-      rows,
-      x: { tensor: t.v!, stride: lora.columns },
-      w: { tensor: t.x },
-      out: { tensor: lora.grads, offset: lora.a, stride: linear.k },
-      m: lora.columns,
-      n: linear.k,
-      plus: "out",
-    }));
+    if (!dropout) {
+      commands.push(matmul.tn({
+        rows,
+        x: { tensor: t.v!, stride: lora.columns },
+        w: { tensor: t.x },
+        out: { tensor: lora.grads, offset: lora.a, stride: linear.k },
+        m: lora.columns,
+        n: linear.k,
+        plus: "out",
+      }));
+    }
   }
   if (t.dweight) {
     const operands = { x: { tensor: t.dout }, w: { tensor: t.x }, out: { tensor: t.dweight } };
     commands.push(matmul.tn({ rows, ...operands, m: linear.n, n: linear.k, plus: "out" }));
   }
   if (t.dx) {
-    const a = lora && {
+    const a = lora && !dropout && {
       x: { tensor: t.v!, stride: lora.columns },
       w: lora.params,
       segments: [{ columns: linear.k, r: lora.columns, x: 0, w: lora.a }],
     };
     const operands = { x: { tensor: t.dout }, w: { tensor: linear.weight }, out: { tensor: t.dx } };
-    commands.push(matmul.nn({ rows, ...operands, n: linear.k, k: linear.n, lora: a ?? undefined }));
+    commands.push(matmul.nn({ rows, ...operands, n: linear.k, k: linear.n, lora: a || undefined }));
+    if (lora && dropout) commands.push(...throughDropout({ ...t, lora, dropout, dx: t.dx }));
   }
   return commands;
+}
+
+/** Adds to `dx` what comes back through the adapter, projection by projection: `dropout(v · A)`. */
+function throughDropout(t: LinearBackward & { lora: LoraLinear; dropout: LoraDropout; dx: Tensor }): Command[] {
+  const { ops, rows, linear, lora, dropout, dx } = t, k = linear.k, y = dropout.scratch;
+  return linear.parts.flatMap(({ module }, i) => {
+    const part = lora.parts[i];
+    if (!part) return [];
+    const x = { tensor: t.v!, offset: part.u, stride: lora.columns };
+    const w = { tensor: lora.params, offset: part.a, stride: k };
+    return [
+      ops.matmul.nn({ rows, x, w, out: { tensor: y, stride: k }, n: k, k: lora.padded }),
+      dropout.op.add({ rows, y, dx, dim: k, salt: salt(dropout, module) }),
+    ];
+  });
 }

@@ -18,6 +18,7 @@ export interface PlanOptions {
   /** False leaves out everything that only backward needs. */
   readonly training: boolean;
   readonly lora: LayerLora | undefined;
+  readonly dropout?: boolean;
   /** Labelled tokens whose logits are held at a time. */
   readonly chunk: number;
 }
@@ -49,6 +50,8 @@ export interface Gradients {
   readonly dqkv: Tensor;
   readonly delta: Tensor;
   readonly v: Activations["u"];
+  /** Inputs of the adapter after dropout, and gradients on their way back; absent without dropout. */
+  readonly dropped: Tensor | undefined;
 }
 
 /** What a micro-batch is described by, uploaded before each run. */
@@ -147,6 +150,7 @@ export function createPlan(gpu: Gpu, options: PlanOptions): Plan {
       dqkv: make("scratch", "dqkv", [T, W]),
       delta: make("scratch", "delta", [T, H]),
       v: lowRank("scratch", "v"),
+      dropped: options.dropout ? make("scratch", "dropped", [T, Math.max(C, Q, F)]) : undefined,
     };
   }
   const head = {

@@ -2,6 +2,7 @@
  * Training as updates: micro-batches accumulated into one step of the optimizer, losses and norms read back some updates
  * later in one go. When to evaluate, save or stop is the script's business.
  */
+import { hash32 } from "../data/random.ts";
 import type { Command } from "../gpu/kernel.ts";
 import { profile, run, type Timing } from "../gpu/program.ts";
 import { download, upload } from "../gpu/tensor.ts";
@@ -18,6 +19,8 @@ export interface Hyperparameters {
   readonly eps: number;
   /** 0 leaves gradients alone. */
   readonly maxGradNorm: number;
+  /** Of dropout; 0 unless given. */
+  readonly seed?: number;
 }
 
 /** One update as it is logged; `loss` in nats per labelled token, `gradNorm` before clipping. */
@@ -116,7 +119,9 @@ export class Trainer {
     const tokens = labelledTokens(batches), slot = this.#pending.length;
     if (tokens === 0) throw new Error(`Cannot learn from update ${step}: none of its tokens has a label`);
     yield this.llama.clearing;
-    for (const batch of batches) yield this.llama.accumulation(batch, { items: tokens, slot });
+    for (const [i, batch] of batches.entries()) {
+      yield this.llama.accumulation(batch, { items: tokens, slot, draw: hash32(this.#hyper.seed ?? 0, step, i) });
+    }
     this.optimizer.prepare({ ...this.#hyper, learningRate, step, slot });
     yield this.optimizer.commands;
     this.#pending.push({ step, tokens });

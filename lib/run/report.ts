@@ -138,7 +138,7 @@ export function barChart(
   const values = chart.bars.map(({ name, value }) => ({ name, value, label: tableText([[value]]) }));
   return draw(chart, {
     data: { values },
-    height: { step: 30 },
+    height: 30 * values.length, // a step would make vega-lite warn that it cannot fit it
     encoding: {
       y: {
         field: "name",

@@ -3,7 +3,7 @@
  * sampled entries of its result checked first. Sizes are written rows x columns x inner length.
  */
 import type { Gpu } from "../../lib/gpu/device.ts";
-import { createMatmul, type LoraOperands, type Product, type Tile } from "../../lib/ops/matmul.ts";
+import { createMatmul, type LoraOperands, type Matmul, type Product, type Tile } from "../../lib/ops/matmul.ts";
 import { matmulNT } from "../reference.ts";
 import { agree, type Case, type Random, readFloats } from "./measure.ts";
 
@@ -73,8 +73,19 @@ export function tileName(tile: Tile): string {
   return tile === "narrow" ? tile : `${tile.BM}x${tile.BN}x${tile.BK}${tile.BAND ? ` band ${tile.BAND}` : ""}`;
 }
 
-/** Makes a case of a product; `tile` is used instead of the device's own choice. */
-export function matmulCase({ op, name, M, N, K, w: dtype = "f32", rank = 0, segments = [] }: ProductCase, tile?: Tile): Case {
+/** Makes cases of products; a `tile` is used instead of the device's own choice. */
+export function productCases(gpu: Gpu): (of: ProductCase, tile?: Tile) => Case {
+  const known = new Map<string, Matmul>();
+  return (of, tile) => {
+    const key = tile === undefined ? "" : tileName(tile);
+    const matmul = known.get(key) ?? createMatmul(gpu, ...(tile === undefined ? [] : [() => tile]));
+    known.set(key, matmul);
+    return productCase(matmul, of, tile);
+  };
+}
+
+function productCase(matmul: Matmul, of: ProductCase, tile: Tile | undefined): Case {
+  const { op, name, M, N, K, w: dtype = "f32", rank = 0, segments = [] } = of;
   return {
     name: `matmul.${op} ${name}`,
     shape: `${M} x ${N} x ${K}`,
@@ -82,7 +93,6 @@ export function matmulCase({ op, name, M, N, K, w: dtype = "f32", rank = 0, segm
     ...(tile === undefined ? {} : { tile: tileName(tile) }),
     work: { flop: 2 * M * N * (K + rank) },
     async prepare({ gpu, random, output, rows }) {
-      const matmul = createMatmul(gpu, ...(tile === undefined ? [] : [() => tile]));
       const x = await random("x", op === "tn" ? [K, M] : [M, K]);
       const w = await random("w", op === "nt" ? [N, K] : [K, N], { dtype, spread: 0.05, mean: 0.01, seed: 2 });
       const out = output("out", [M, N]);

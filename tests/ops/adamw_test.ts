@@ -65,7 +65,10 @@ gpuTest("adamw.clip gives the norm of all gradients together and the factor that
   }
   assertEquals((await gradientNorm(bench, [wave(5000)], 0)).coefficient, 1, "0 leaves gradients alone");
   assertEquals(await gradientNorm(bench, [new Float32Array(5)], 0.5), { norm: 0, coefficient: 1 });
-  assertEquals(await gradientNorm(bench, [wave(5), Float32Array.of(Infinity)], 0.5), { norm: Infinity, coefficient: 0 });
+  assertEquals(await gradientNorm(bench, [wave(5), Float32Array.of(Infinity)], 0.5), {
+    norm: Infinity,
+    coefficient: 0,
+  });
   // As in torch.nn.utils.clip_grad_norm_: the run has failed, and says so.
   assertEquals(await gradientNorm(bench, [wave(5), Float32Array.of(NaN)], 0.5), { norm: NaN, coefficient: NaN });
 });
@@ -105,7 +108,12 @@ for (const convention of ["torch", "bitsandbytes"] as const) {
   gpuTest(`adamw.step32 updates as ${convention} does, and nothing between the tensors`, async (bench) => {
     const { gpu, input, output, uniform, compute } = bench, op = createAdamw(gpu, convention);
     const blocks = await createBlocks(gpu, { name: "blocks", slots: LAYOUT });
-    const start = { p: wave(SIZE, 1, SMALL), g: wave(SIZE, 2), m: wave(SIZE, 3), v: wave(SIZE, 4, { mean: 3, scale: 2.9 }) };
+    const start = {
+      p: wave(SIZE, 1, SMALL),
+      g: wave(SIZE, 2),
+      m: wave(SIZE, 3),
+      v: wave(SIZE, 4, { mean: 3, scale: 2.9 }),
+    };
     const coefficient = 0.37;
     for (const [t, weightDecay] of [[1, 0.3], [2, 0], [1000, 0.3]] as const) {
       const of = step({ step: t, weightDecay });

@@ -71,7 +71,11 @@ async function lowRank({ input }: Bench, entry: Entry, { size: [M, N], ranks = [
   });
   const all = new Float32Array(w);
   parts.reduce((at, part) => (all.set(part, at), at + part.length), 0);
-  const operands = { x: { tensor: await input("lora_x", lx, { shape: [M, wide] }) }, w: await input("lora_w", all), segments };
+  const operands = {
+    x: { tensor: await input("lora_x", lx, { shape: [M, wide] }) },
+    w: await input("lora_w", all),
+    segments,
+  };
   return { operands, sum };
 }
 

@@ -1,6 +1,6 @@
 /** nf4.wgsl gives what lib/data/nf4.ts gives, bit for bit, in each type of weights. */
 import { assertEquals, assertThrows } from "@std/assert";
-import { NF4_CODE, dequantizeNf4, quantizeNf4 } from "../../lib/data/nf4.ts";
+import { dequantizeNf4, NF4_CODE, quantizeNf4 } from "../../lib/data/nf4.ts";
 import { createNf4 } from "../../lib/ops/nf4.ts";
 import { wave } from "../check.ts";
 import { gpuTest, stored } from "../on_gpu.ts";
@@ -15,7 +15,9 @@ function quantized(count: number, blocksize: number) {
 for (const dtype of ["f32", "f16", "bf16"] as const) {
   gpuTest(`nf4.dequantize gives the bits of dequantizeNf4() in ${dtype}`, async ({ gpu, input, output, compute }) => {
     const op = createNf4(gpu, new Float32Array(NF4_CODE));
-    for (const [count, blocksize] of [[64, 64], [3 * 64, 64], [257 * 64, 64], [1003 * 32, 32], [5 * 4096, 4096]] as const) {
+    for (
+      const [count, blocksize] of [[64, 64], [3 * 64, 64], [257 * 64, 64], [1003 * 32, 32], [5 * 4096, 4096]] as const
+    ) {
       const of = quantized(count, blocksize);
       const t = {
         codes: await input("codes", of.packed, { dtype: "u8" }),
@@ -44,7 +46,8 @@ gpuTest("nf4.dequantize folds a grid of more than 32,768 workgroups", async ({ g
 
 gpuTest("nf4.dequantize refuses a last block that is not whole", async ({ gpu, input, output }) => {
   const op = createNf4(gpu, new Float32Array(NF4_CODE));
-  const codes = await input("codes", new Uint8Array(48), { dtype: "u8" }), absmax = await input("absmax", new Float32Array(2));
+  const codes = await input("codes", new Uint8Array(48), { dtype: "u8" }),
+    absmax = await input("absmax", new Float32Array(2));
   const out = output("out", { shape: [96] });
   assertThrows(
     () => op.dequantize({ codes, absmax, out, count: 96, blocksize: 64 }),

@@ -22,11 +22,14 @@ export interface Result {
   readonly err: string;
 }
 
-/** A script in the folder `dir`; `line` is its arguments, cut at spaces. */
-export function command(dir: string, script: string, line = ""): Deno.Command {
-  const args = line.split(" ").filter((word) => word !== "");
-  return new Deno.Command(Deno.execPath(), {
-    args: ["run", "-A", "--quiet", "--config", `${ROOT}deno.json`, `${ROOT}scripts/${script}.ts`, ...args],
+/** A script in the folder `dir`; `line` is its arguments, cut at spaces; it can write files of `limit` KiB at most. */
+export function command(dir: string, script: string, line = "", { limit = 0 } = {}): Deno.Command {
+  const words = line.split(" ").filter((word) => word !== "");
+  const args = ["run", "-A", "--quiet", "--config", `${ROOT}deno.json`, `${ROOT}scripts/${script}.ts`, ...words];
+  // Without the trap the signal would end the process; with it the write fails, as it does on a full disk.
+  const limited = ["-c", `trap "" XFSZ; ulimit -f ${2 * limit}; exec "$0" "$@"`, Deno.execPath(), ...args];
+  return new Deno.Command(limit > 0 ? "sh" : Deno.execPath(), {
+    args: limit > 0 ? limited : args,
     cwd: dir,
     env: { NO_COLOR: "1", RECIPE: "tiny" },
     stdout: "piped",

@@ -1,0 +1,145 @@
+/** Tests of checkpoints: a trainer goes on from one with the same bits, and a checkpoint of another run is refused. */
+import { assertEquals, assertNotEquals, assertRejects } from "@std/assert";
+import { nextTokenTargets } from "../../lib/data/dataset.ts";
+import { openSafetensors, writeSafetensors } from "../../lib/data/safetensors.ts";
+import {
+  listCheckpoints,
+  loadCheckpoint,
+  pruneCheckpoints,
+  readRunState,
+  saveCheckpoint,
+} from "../../lib/model/checkpoint.ts";
+import type { OptimizerKind } from "../../lib/model/optimizer.ts";
+import { Trainer } from "../../lib/model/trainer.ts";
+import { goldenPath } from "../check.ts";
+import { NO_GPU } from "../scripts/process.ts";
+
+async function inFolder(body: (dir: string) => Promise<void>): Promise<void> {
+  const dir = Deno.makeTempDirSync();
+  await body(dir).finally(() => Deno.removeSync(dir, { recursive: true }));
+}
+
+const inputIds = Int32Array.from({ length: 24 }, (_, i) => (37 * i) % 300);
+const positionIds = Int32Array.from(inputIds, (_, i) => i % 12);
+const batch = { inputIds, positionIds, targets: nextTokenTargets({ positionIds, labels: inputIds }) };
+const settings = JSON.stringify({ flags: { learningRate: 0.01, maxSteps: 4 }, files: { "rows.safetensors": "abc" } });
+const nothing = () => Promise.resolve();
+
+async function open(optimizer: OptimizerKind, train: "lora" | "full"): Promise<Trainer> {
+  const hyper = { optimizer, weightDecay: 0.01, beta1: 0.9, beta2: 0.999, eps: 1e-8, maxGradNorm: 1 };
+  const adapter = train === "lora" ? goldenPath("tiny/lora_adapter") : undefined;
+  return await Trainer.open({ model: goldenPath("tiny/model_hf"), adapter, train, tokens: 24, hyper });
+}
+
+/** Takes updates `from` to `to` and gives their losses. */
+async function learn(trainer: Trainer, [from, to]: readonly [number, number]): Promise<number[]> {
+  for (let step = from; step <= to; step++) trainer.update([batch], { step, learningRate: 0.01 });
+  return (await trainer.read()).map(({ loss }) => loss);
+}
+
+/** All tensors of a checkpoint, as bytes. */
+function tensorsOf(dir: string): Map<string, Uint8Array> {
+  using source = openSafetensors(`${dir}/state.safetensors`);
+  return new Map([...source.tensors.keys()].map((name) => [name, source.read(name)]));
+}
+
+for (const [optimizer, train] of [["adamw_8bit", "lora"], ["adamw", "full"]] as const) {
+  Deno.test(
+    `a trainer that loads a checkpoint goes on with the same bits: ${train}, ${optimizer}`,
+    { ignore: NO_GPU },
+    () =>
+      inFolder(async (dir) => {
+        const save = (trainer: Trainer, step: number, name = `step-${step}`) =>
+          saveCheckpoint(`${dir}/${name}`, {
+            trainer,
+            run: { step, logBytes: 7, best: null, settings },
+            also: nothing,
+          });
+        const whole = await open(optimizer, train);
+        await learn(whole, [1, 2]);
+        await save(whole, 2);
+        const losses = await learn(whole, [3, 4]);
+        await save(whole, 4);
+        whole.llama.destroy();
+
+        const resumed = await open(optimizer, train);
+        await learn(resumed, [1, 1]); // whatever it holds is overwritten
+        const run = await loadCheckpoint(`${dir}/step-2`, { trainer: resumed, settings });
+        assertEquals(run, { step: 2, logBytes: 7, best: null, settings });
+        assertEquals(await learn(resumed, [3, 4]), losses);
+        await save(resumed, 4, "again");
+        assertEquals(tensorsOf(`${dir}/again`), tensorsOf(`${dir}/step-4`));
+        assertNotEquals(tensorsOf(`${dir}/again`), tensorsOf(`${dir}/step-2`));
+        resumed.llama.destroy();
+      }),
+  );
+}
+
+Deno.test("loadCheckpoint() refuses other settings, other files, another kind of run and a damaged file", {
+  ignore: NO_GPU,
+}, () =>
+  inFolder(async (dir) => {
+    const trainer = await open("adamw_8bit", "lora");
+    const at = (step: number) => `${dir}/step-${step}`;
+    const run = { step: 2, logBytes: 0, best: { step: 1, evalLoss: 1 }, settings };
+    for (const step of [2, 4]) await saveCheckpoint(at(step), { trainer, run, also: nothing });
+    const refuses = (is: { flags?: object; files?: object }, message: string) =>
+      assertRejects(
+        () => loadCheckpoint(at(4), { trainer, settings: JSON.stringify({ ...JSON.parse(settings), ...is }) }),
+        Error,
+        `Cannot resume from "${at(4)}": ${message}: go on as the run began, or start over with --no-resume`,
+      );
+    await refuses({ flags: { learningRate: 0.02, maxSteps: 4 } }, "it was made with --learning-rate 0.01, not 0.02");
+    await refuses({ flags: { learningRate: 0.01, maxSteps: 5 } }, "it was made with --max-steps 4, not 5");
+    await refuses({ files: { "rows.safetensors": "abd" } }, '"rows.safetensors" is not the file that it was made with');
+    trainer.llama.destroy();
+
+    const other = await open("adamw", "lora");
+    await assertRejects(
+      () => loadCheckpoint(at(4), { trainer: other, settings }),
+      Error,
+      "Cannot resume: the checkpoint holds no bytes of",
+    );
+    Deno.truncateSync(`${at(4)}/state.safetensors`, 5000);
+    await assertRejects(
+      () => loadCheckpoint(at(4), { trainer: other, settings }),
+      Error,
+      `but the file ends at byte 5000: remove that folder to go on from "${at(2)}"`,
+    );
+    Deno.removeSync(at(2), { recursive: true });
+    await assertRejects(
+      () => loadCheckpoint(at(4), { trainer: other, settings }),
+      Error,
+      "start over with --no-resume",
+    );
+    other.llama.destroy();
+  }));
+
+Deno.test("listCheckpoints() counts whole ones alone, by number; pruneCheckpoints() keeps the newest", () =>
+  inFolder(async (dir) => {
+    assertEquals(listCheckpoints(`${dir}/nowhere`), []);
+    for (const name of ["step-9", "step-100", "step-20", "step-120.partial", "best"]) Deno.mkdirSync(`${dir}/${name}`);
+    const steps = () => listCheckpoints(dir).map(({ step }) => step);
+    assertEquals(steps(), [9, 20, 100]);
+    await pruneCheckpoints(dir, { limit: 0 });
+    assertEquals(steps(), [9, 20, 100]);
+    await pruneCheckpoints(dir, { limit: 2 });
+    assertEquals(steps(), [20, 100]);
+    await pruneCheckpoints(dir, { limit: 5 });
+    assertEquals(steps(), [20, 100]);
+    assertEquals([...Deno.readDirSync(dir)].map(({ name }) => name).sort(), [
+      "best",
+      "step-100",
+      "step-120.partial",
+      "step-20",
+    ]);
+  }));
+
+Deno.test("readRunState() gives what was remembered and refuses a file that no run wrote", () =>
+  inFolder(async (dir) => {
+    const run = { step: 3, logBytes: 123, best: { step: 2, evalLoss: 1.5 }, settings };
+    await writeSafetensors(`${dir}/state.safetensors`, [], { run: JSON.stringify(run) });
+    assertEquals(readRunState(dir), run);
+    await writeSafetensors(`${dir}/state.safetensors`, []);
+    await assertRejects(async () => await readRunState(dir), SyntaxError, "Cannot read");
+  }));

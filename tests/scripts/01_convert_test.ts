@@ -1,0 +1,59 @@
+/** What 01 refuses: each mistake is one line on stderr, status 1, and nothing that the next stage would take for a result. */
+import { assert } from "@std/assert";
+import { assertNothingPartial, assertRefused, attempt, command, inFolder, ROOT, walk } from "./process.ts";
+
+Deno.test("01 refuses a checkpoint that is missing, cut off, foreign or contradicts its settings", () =>
+  inFolder(async (dir) => {
+    const refused = async (line: string, message: RegExp) => {
+      assertRefused(await attempt(dir, "01_convert", line), message);
+      const left = walk(dir).filter((path) => /artifacts\/.*(manifest\.json|\.partial|\.tmp)$/.test(path));
+      assert(left.length === 0, left.join(", "));
+    };
+    await refused("--source nowhere", /^Cannot read "nowhere": no such file or folder$/m);
+    await refused("--source qa", /^Cannot read "qa": it holds no checkpoint/);
+    await refused("--source tiny --sauce qa", /^Cannot read flag "--sauce": this script has --source --rope /);
+    await refused("--source tiny --dtype float8", /"float8" is not one of float32, float16, bfloat16$/m);
+    await refused("--source", /^Cannot read flag "--source": a value must follow it$/m);
+    await refused("tiny", /^Cannot read "tiny": this script takes no words without a flag$/m);
+    await refused("--source tiny --set theta", /^Cannot read flag "--set": "theta" is not of the form name=value$/m);
+    await refused(
+      "--source tiny --set d_model=7",
+      /^Cannot convert ".*": its settings say d_model 128 and d_model 7$/m,
+    );
+
+    Deno.mkdirSync(`${dir}/cut`);
+    Deno.copyFileSync(`${ROOT}fixtures/tiny/config.json`, `${dir}/cut/config.json`);
+    const whole = Deno.readFileSync(`${ROOT}fixtures/tiny/model.safetensors`);
+    Deno.writeFileSync(`${dir}/cut/model.safetensors`, whole.subarray(0, 100_000));
+    const ends =
+      /^Cannot read "cut\/model.safetensors": its tensors end at byte \d+ but the file ends at byte 100000$/m;
+    await refused("--source cut", ends);
+    Deno.writeTextFileSync(`${dir}/cut/model.safetensors`, "not a checkpoint");
+    await refused("--source cut", /^Cannot read "cut\/model.safetensors": /);
+  }));
+
+Deno.test("01 refuses to write where it cannot, or where something else lies", () =>
+  inFolder(async (dir) => {
+    // Folders without permission are no obstacle to root, so a file stands in the way here.
+    Deno.writeTextFileSync(`${dir}/file`, "mine");
+    const under = await attempt(dir, "01_convert", "--source tiny --out file/out");
+    assertRefused(under, /^Cannot go on: not a directory \(os error 20\): mkdir 'file\/out'$/m);
+    const foreign = await attempt(dir, "01_convert", "--source tiny --out qa");
+    assertRefused(
+      foreign,
+      /^Cannot write "qa": it has files that 01_convert did not make \(".*\.jsonl"\): name another/,
+    );
+  }));
+
+Deno.test("01 tells of a disk that is full in one line, and leaves no half file", {
+  ignore: Deno.build.os === "windows",
+}, () =>
+  inFolder(async (dir) => {
+    // A limit on the size of files stands for the full disk: the system refuses the write in the same way.
+    const limited = command(dir, "01_convert", "--source tiny", { limit: 1000 });
+    const { code, stdout, stderr } = await limited.output();
+    const [out, err] = [stdout, stderr].map((bytes) => new TextDecoder().decode(bytes));
+    assertRefused({ code, out: out!, err: err! }, /^Cannot go on: file too large \(os error 27\)$/m);
+    assertNothingPartial(dir);
+    assert(!walk(dir).some((path) => path.endsWith("/manifest.json")));
+  }));

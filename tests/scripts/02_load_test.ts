@@ -1,0 +1,28 @@
+/** What 02 refuses, each in one line on stderr with status 1. */
+import { assertRefused, attempt, inFolder, NO_GPU, ROOT } from "./process.ts";
+
+Deno.test(
+  "02 refuses a model that is missing, unfinished, not converted or in 4 bit already",
+  { ignore: NO_GPU },
+  () =>
+    inFolder(async (dir) => {
+      const refused = async (line: string, message: RegExp) =>
+        assertRefused(await attempt(dir, "02_load", line), message);
+      await refused("", /^Cannot read "artifacts\/01_convert": run "deno task 01" first$/m);
+      Deno.mkdirSync(`${dir}/artifacts/01_convert`, { recursive: true });
+      await refused(
+        "",
+        /"artifacts\/01_convert" has no manifest.json, so it is unfinished: run "deno task 01" first$/m,
+      );
+      await refused("--model elsewhere", /^Cannot read "elsewhere": no such file or folder$/m);
+      await refused(
+        "--model tiny",
+        /^Cannot read "tiny\/config.json": model_type is undefined: only "llama" is supported$/m,
+      );
+      await refused("--mode lora4", /^Cannot read flag "--mode": "lora4" is not one of qlora, lora, full$/m);
+      await refused("--double-quant=yes", /^Cannot read flag "--double-quant": "yes" is not true or false$/m);
+
+      Deno.symlinkSync(`${ROOT}fixtures/golden/tiny/model_4bit`, `${dir}/nf4`);
+      await refused("--model nf4", /^Cannot load "nf4": it is in 4 bit already: name the 16-bit model$/m);
+    }),
+);

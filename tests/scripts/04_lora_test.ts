@@ -1,0 +1,38 @@
+/** What 04 refuses, each in one line on stderr with status 1. */
+import { assertRefused, attempt, inFolder, NO_GPU, ROOT } from "./process.ts";
+
+Deno.test(
+  "04 refuses a model that was not loaded for an adapter, and adapters that cannot be",
+  { ignore: NO_GPU },
+  () =>
+    inFolder(async (dir) => {
+      const refused = async (line: string, message: RegExp) =>
+        assertRefused(await attempt(dir, "04_lora", line), message);
+      await refused("", /^Cannot read "artifacts\/02_load": run "deno task 02" first$/m);
+      await refused("--model qa", /^Cannot read "qa\/load.json": no such file$/m);
+
+      Deno.mkdirSync(`${dir}/model`);
+      for (const name of ["config.json", "model.safetensors"]) {
+        Deno.copyFileSync(`${ROOT}fixtures/golden/tiny/model_hf/${name}`, `${dir}/model/${name}`);
+      }
+      const load = (mode: string) =>
+        Deno.writeTextFileSync(`${dir}/model/load.json`, JSON.stringify({ mode, base: "b" }));
+      load("lora");
+      await refused("--model model --r 0", /^Cannot use --r 0: a whole number of at least 1 is wanted$/m);
+      await refused("--model model --r 2.5", /^Cannot use --r 2.5: a whole number of at least 1 is wanted$/m);
+      await refused("--model model --seed -1", /^Cannot use --seed -1: a whole number of at least 0 is wanted$/m);
+      await refused(
+        "--model model --dropout 1",
+        /^Cannot make an adapter with dropout 1: it must be from 0 to below 1$/m,
+      );
+      await refused(
+        "--model model --target-modules q_proj,lm_head",
+        /^Cannot adapt "lm_head": the modules are q_proj, /,
+      );
+      load("full");
+      await refused(
+        "--model model",
+        /^Cannot make an adapter for "model": it was loaded with --mode full, .*: run "deno task 02/,
+      );
+    }),
+);
