@@ -165,7 +165,8 @@ fn step8(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) l
   var v: array<f32, 32>;
   var top1 = 0.0;
   var top2 = 0.0;
-  // unroll up to 1: a lane owns words lane, lane + LANES, … of four codes each
+  // A lane owns words lane, lane + LANES, … of four codes each; copies of this much code would take seconds to compile.
+  // unroll up to 1
   for (var w = 0u; w < 64u / LANES; w++) {
     let word1 = codes1[index * 64u + w * LANES + lane];
     let word2 = codes2[index * 64u + w * LANES + lane];

@@ -7,7 +7,7 @@ set -eu
 cd "$(dirname "$0")/.."
 deno_version=2.9.6
 caller_path=$PATH
-export XDG_RUNTIME_DIR="${XDG_RUNTIME_DIR:-/tmp}"
+export XDG_RUNTIME_DIR="${XDG_RUNTIME_DIR:-/tmp}" # without one Mesa warns at every start
 export DENO_NO_UPDATE_CHECK=1
 
 say() { printf 'setup: %s\n' "$*"; }
@@ -27,46 +27,70 @@ as_root() {
   fi
 }
 
-# 1. Deno, where the next command finds it: npm's global folder, or else a folder of the user's own that is on PATH.
+# Newer npm runs a package's install script only where it is allowed; Deno's puts the program in its place.
+npm_install() {
+  npm install -g --no-fund --no-audit --ignore-scripts=false --allow-scripts=deno "$@" "deno@$deno_version" >/dev/null
+}
+
+# A prefix of the user's own whose bin folder is on PATH already, so that the next command finds what is put there.
+own_prefix() {
+  old_ifs=$IFS
+  IFS=:
+  for dir in $caller_path; do
+    case $dir in
+      "$HOME"/*/bin | "$HOME"/bin) [ ! -w "$dir" ] || { printf '%s' "${dir%/bin}"; IFS=$old_ifs; return; } ;;
+    esac
+  done
+  IFS=$old_ifs
+  printf '%s' "$HOME/.local"
+}
+
+# 1. Deno, where the next command finds it: npm's global folder, or else a folder of the user's own.
 if command -v deno >/dev/null 2>&1; then
-  say "Deno is there: $(deno --version | head -n 1)"
+  version=$(deno --version | head -n 1)
+  say "Deno is there: $version"
+  number=${version#deno }
+  major=${number%%.*}
+  minor=${number#*.}
+  if [ "$major" -lt 2 ] || { [ "$major" = 2 ] && [ "${minor%%.*}" -lt 9 ]; }; then
+    fail "Deno ${number%% *} is too old, 2.9 or newer is wanted: run \"deno upgrade $deno_version\""
+  fi
 else
   command -v npm >/dev/null 2>&1 || fail "there is neither Deno nor npm: install Node.js 20 first, which brings npm"
   say "installing Deno $deno_version from npm"
-  if [ -w "$(npm prefix -g 2>/dev/null)" ] && npm install -g --no-fund --no-audit "deno@$deno_version" >/dev/null 2>&1; then
-    :
-  elif as_root npm install -g --no-fund --no-audit "deno@$deno_version" >/dev/null 2>&1; then
-    :
+  global=$(npm prefix -g 2>/dev/null || true)
+  if [ -w "$global" ]; then
+    npm_install || fail "npm could not install deno@$deno_version"
+  elif as_root true; then
+    as_root npm install -g --no-fund --no-audit --ignore-scripts=false --allow-scripts=deno "deno@$deno_version" \
+      >/dev/null || fail "npm could not install deno@$deno_version"
   else
-    own="$HOME/.local"
-    npm install -g --no-fund --no-audit --prefix "$own" "deno@$deno_version" >/dev/null ||
-      fail "npm could not install deno@$deno_version: run \"npm install -g deno@$deno_version\" to see why"
-    PATH="$own/bin:$PATH"
+    global=$(own_prefix)
+    npm_install --prefix "$global" || fail "npm could not install deno@$deno_version"
   fi
-  hash -r 2>/dev/null || true
-  command -v deno >/dev/null 2>&1 || PATH="$(npm prefix -g)/bin:$PATH"
-  deno --version >/dev/null || fail "Deno was installed but does not run: try \"npm install -g deno@$deno_version\" by hand"
-  say "installed $(deno --version | head -n 1)"
+  command -v deno >/dev/null 2>&1 || PATH="$global/bin:$PATH"
+  version=$(deno --version 2>&1) || fail "Deno was installed but does not run: $version"
+  say "installed $(printf '%s' "$version" | head -n 1)"
 fi
 
 # 2. A WebGPU adapter: a GPU's own driver, or Mesa's driver that computes on the CPU.
 adapter() {
-  deno eval --unstable-webgpu \
-    'const a = await navigator.gpu.requestAdapter({ powerPreference: "high-performance" }); console.log(a?.info.description ?? "")' \
-    2>/dev/null || true
+  deno eval --unstable-webgpu '
+    const adapter = await navigator.gpu.requestAdapter({ powerPreference: "high-performance" });
+    if (adapter) console.log(adapter.info.description || adapter.info.vendor || "an adapter without a name");
+  ' 2>/dev/null || true
 }
 found=$(adapter)
 if [ -z "$found" ]; then
   install="apt-get update && apt-get install -y mesa-vulkan-drivers libvulkan1"
   command -v apt-get >/dev/null 2>&1 ||
     fail "no WebGPU adapter was found: install a Vulkan driver, for a CPU Mesa's lavapipe"
-  say "no GPU was found: installing Mesa's Vulkan CPU driver from Debian"
-  status=0
-  as_root sh -c "$install" >/dev/null 2>&1 || status=$?
-  [ "$status" != 126 ] || fail "no WebGPU adapter was found and this user may not install one: run \"sudo sh -c '$install'\""
-  [ "$status" = 0 ] || fail "Mesa could not be installed: run \"$install\" to see why"
+  as_root true ||
+    fail "no WebGPU adapter was found and this user may not install one: run \"sudo sh -c '$install'\""
+  say "no WebGPU adapter was found: installing Mesa's Vulkan CPU driver from Debian"
+  as_root sh -c "$install" >/dev/null 2>&1 || fail "Mesa could not be installed: run \"$install\" to see why"
   found=$(adapter)
-  [ -n "$found" ] || fail "Mesa is installed but there is still no WebGPU adapter: run \"deno task 01\" with DENO_LOG=debug"
+  [ -n "$found" ] || fail "Mesa is installed but there is still no WebGPU adapter: see what \"vulkaninfo --summary\" says"
 fi
 say "WebGPU adapter: $found"
 
@@ -78,7 +102,8 @@ else
 fi
 
 # 4. Deno in a folder that the caller's shell does not search is of no use to its next command.
+folder=$(dirname "$(command -v deno)")
 case ":$caller_path:" in
-  *":$(dirname "$(command -v deno)"):"*) say "ready" ;;
-  *) fail "Deno is in $(dirname "$(command -v deno)"), which is not on your PATH: run \"export PATH=$(dirname "$(command -v deno)"):\$PATH\"" ;;
+  *":$folder:"*) say "ready" ;;
+  *) fail "Deno is in $folder, which is not on your PATH: run \"export PATH=$folder:\$PATH\" and set up again" ;;
 esac

@@ -57,8 +57,8 @@ export function checkRows(
 
 /** Rows `which`, side by side. */
 export function batchOf(rows: PackedRows, which: readonly number[]): Batch {
-  const gathered = gatherRows(rows, which);
-  return { ...gathered, targets: nextTokenTargets(gathered) };
+  const gathered = gatherRows(rows, which), { inputIds, positionIds } = gathered;
+  return { inputIds, positionIds, targets: nextTokenTargets(gathered) };
 }
 
 /** Gives the micro-batches of update `number`, from 1 on. */

@@ -7,6 +7,11 @@ import type { Command, Dispatch } from "./kernel.ts";
 
 /** Encodes and submits `commands` in order. WebGPU puts the barriers where one command reads what another wrote. */
 export function run(gpu: Gpu, commands: readonly Command[]): void {
+  gpu.queue.submit([encode(gpu, commands)]);
+}
+
+/** What `run` submits: to be submitted once, or to be dropped where only the time that this takes is wanted. */
+export function encode(gpu: Gpu, commands: readonly Command[]): GPUCommandBuffer {
   const encoder = gpu.device.createCommandEncoder();
   let pass: GPUComputePassEncoder | undefined;
   let pipeline: GPUComputePipeline | undefined;
@@ -28,7 +33,7 @@ export function run(gpu: Gpu, commands: readonly Command[]): void {
     pass.dispatchWorkgroups(grid[0], grid[1], grid[2]);
   }
   endPass();
-  gpu.queue.submit([encoder.finish()]);
+  return encoder.finish();
 }
 
 /** When one recorded dispatch ran on the device: `start` in ms after the first one began. */

@@ -72,7 +72,7 @@ export function choice<T extends string>(
 /**
  * Reads the command line of the script `meta`: each key of `defaults` is a flag (`maxSteps` is `--max-steps`), typed by
  * its default; `--help` prints the script's header comment and the flags, and exits 0. Also installs the handler that
- * prints an uncaught error that starts with "Cannot " as that one line on stderr and exits 1 (DEBUG=1 adds the stack).
+ * prints an uncaught error of the form "Cannot x: y" as that one line on stderr and exits 1 (DEBUG=1 adds the stack).
  * Throws a SyntaxError for an unknown flag or a value of the wrong type.
  *
  * @example
@@ -189,16 +189,17 @@ export function helpText(source: string, defaults: Readonly<Record<string, unkno
 }
 
 /**
- * From here on an uncaught error or rejection prints one line on stderr where it is for the user: a message that starts
- * with "Cannot ", or what the operating system refused, such as a full disk. Any other prints its stack. All exit 1.
+ * From here on an uncaught error or rejection prints one line on stderr where it is for the user: a message of the form
+ * "Cannot x: y", or what the operating system refused, such as a full disk. Any other prints its stack. All exit 1.
  */
 export function installErrorHandler(): void {
   const report = (event: Event, error: unknown) => {
     event.preventDefault();
     const message = error instanceof Error ? error.message : "";
-    const refused = /\(os error \d+\)/.test(message);
+    const refused = /^(?!Cannot ).*\(os error \d+\)/.test(message);
     const line = refused ? `Cannot go on: ${message.charAt(0).toLowerCase()}${message.slice(1)}` : message;
-    console.error(line.startsWith("Cannot ") && Deno.env.get("DEBUG") !== "1" ? line : error);
+    // V8 too says "Cannot read properties of undefined", but without the colon that tells what is wanted
+    console.error(/^Cannot [^]*: /.test(line) && Deno.env.get("DEBUG") !== "1" ? line : error);
     Deno.exit(1);
   };
   globalThis.addEventListener("unhandledrejection", (event) => report(event, event.reason));

@@ -57,16 +57,17 @@ export async function beginStage(
   const out = trim(opt.out);
   const inputs = options.reads.filter((path) => path !== "" && !path.startsWith("hf:")).map(trim);
   for (const path of inputs) checkInput(path, { out });
-  const before = readManifest(out);
+  const found = readManifest(out);
+  const before = found?.script === name ? found : undefined;
   const known = new Map(before?.reads.map((record) => [record.path, record]));
   for (const path of inputs) addUpstream(path, known);
   const reads = await records(inputs.flatMap((path) => filesUnder(path).map((file) => [file, file] as const)), known);
   const flags = recorded(opt);
-  if (!opt.force && before !== undefined && await agrees(before, { name, flags, reads, out })) {
+  if (!opt.force && before !== undefined && await agrees(before, { flags, reads, out })) {
     console.log(`${name} is up to date (${out})`);
     Deno.exit(0);
   }
-  const unlock = takeFolder(out, { name, owned: before?.script === name, keep: options.reuse ?? false });
+  const unlock = takeFolder(out, { name, owned: before !== undefined, keep: options.reuse ?? false });
   return {
     out,
     reads,
@@ -101,15 +102,16 @@ export function readManifest(dir: string): Manifest | undefined {
 /** Writes `path` so that a reader sees all of it or none: a temporary file beside it, fsync, rename. */
 export async function writeAtomic(path: string, data: Uint8Array | string): Promise<void> {
   const temporary = `${path}.${Deno.pid}.tmp`;
-  const file = await Deno.open(temporary, { write: true, create: true, truncate: true });
+  const bytes = typeof data === "string" ? new TextEncoder().encode(data) : data;
   try {
-    const bytes = typeof data === "string" ? new TextEncoder().encode(data) : data;
+    using file = await Deno.open(temporary, { write: true, create: true, truncate: true });
     for (let done = 0; done < bytes.length;) done += await file.write(bytes.subarray(done));
     await file.sync();
-  } finally {
-    file.close();
+    await Deno.rename(temporary, path);
+  } catch (error) {
+    if (exists(temporary)) await Deno.remove(temporary);
+    throw error;
   }
-  await Deno.rename(temporary, path);
 }
 
 /** Writes `value` as JSON with two spaces and a last newline, by {@link writeAtomic}. */
@@ -163,10 +165,10 @@ async function records(
 
 async function agrees(
   before: Manifest,
-  now: { name: string; flags: Readonly<Record<string, unknown>>; reads: readonly FileRecord[]; out: string },
+  now: { flags: Readonly<Record<string, unknown>>; reads: readonly FileRecord[]; out: string },
 ): Promise<boolean> {
   const content = (list: readonly FileRecord[]) => list.map(({ path, bytes, sha256 }) => [path, bytes, sha256]);
-  if (before.script !== now.name || fingerprint(before.flags) !== fingerprint(now.flags)) return false;
+  if (fingerprint(before.flags) !== fingerprint(now.flags)) return false;
   if (JSON.stringify(content(before.reads)) !== JSON.stringify(content(now.reads))) return false;
   if (!before.writes.every(({ path }) => exists(`${now.out}/${path}`))) return false;
   const known = new Map(before.writes.map((record) => [`${now.out}/${record.path}`, record]));

@@ -73,7 +73,8 @@ export async function openRunLog(path: string, bytes: number): Promise<RunLog> {
         }),
       ];
       await writeAtomic(`${dir}/loss.svg`, charts[0]!);
-      const evaluations = column("eval_loss").map(([step, loss]) => [step, loss.toFixed(4), Math.exp(loss).toFixed(2)]);
+      const perplexities = new Map(column("eval_perplexity"));
+      const evaluations = column("eval_loss").map(([step, loss]) => [step, loss, perplexities.get(step) ?? ""]);
       await writeReport(`${dir}/report.html`, {
         title,
         sections: [
@@ -82,7 +83,7 @@ export async function openRunLog(path: string, bytes: number): Promise<RunLog> {
             paragraphs: [`Trained on ${device}. The training line is a running mean.`],
             charts: [charts[0]!],
           },
-          { heading: "Validation", tables: [[["update", "loss", "exp(loss)"], ...evaluations]] },
+          { heading: "Validation", tables: [[["after update", "loss", "perplexity"], ...evaluations]] },
           { heading: "Schedule and gradients", charts: charts.slice(1) },
         ],
       });

@@ -130,17 +130,18 @@ function swigluCases(gpu: Gpu, T: number): Case[] {
       dtype,
       work: { bytes: 20 * T * F },
       async prepare({ random, output, rows }) {
-        const gateUp = await random("gate_up", [T, 2 * F], { spread: 3 });
-        const dout = await random("dout", [T, F], { seed: 2 }), dgateUp = output("dgate_up", [T, 2 * F]);
+        const gateUp = await random("gate_up", [T, 2 * F], { spread: 3 }), { tensor } = gateUp;
+        const gradient = output("dgate_up", [T, 2 * F]);
+        const dout = await random("dout", [T, F], { seed: 2 });
         const check = async () => {
           for (const row of some(T)) {
             const range = [row * 2 * F, (row + 1) * 2 * F] as const;
             const one = { gateUp: gateUp.slice(...range), dout: dout.slice(row * F, (row + 1) * F) };
-            agree("swiglu.backward", await readFloats(gpu, dgateUp, range), swigluBackward(one, F));
+            agree("swiglu.backward", await readFloats(gpu, gradient, range), swigluBackward(one, F));
           }
         };
-        const given = { gateUp: gateUp.tensor, dout: dout.tensor, dgateUp };
-        return { commands: [op.backward({ rows: rows(T), ...given })], check };
+        const reset = [{ copy: { from: tensor, to: gradient, bytes: tensor.bytes } }];
+        return { commands: [op.backward({ rows: rows(T), gateUp: gradient, dout: dout.tensor })], reset, check };
       },
     },
   ];
@@ -177,6 +178,7 @@ function crossEntropyCase(gpu: Gpu, R: number): Case {
     work: { bytes: 8 * R * V },
     async prepare({ random, input, output, rows, uniform }) {
       const logits = await random("logits", [R, STRIDE], { spread: 4 }), nll = output("nll", [R]);
+      const gradient = output("dlogits", [R, STRIDE]);
       const list = Uint32Array.from({ length: R }, (_, r) => (r * 7919 + 3) % V);
       const labels = await input("labels", list, "u32");
       const uniforms = { scale: uniform(Float32Array.of(scale, 0, 0, 0)) };
@@ -184,13 +186,13 @@ function crossEntropyCase(gpu: Gpu, R: number): Case {
         for (const row of some(R)) {
           const x = logits.slice(row * STRIDE, row * STRIDE + V);
           const expected = crossEntropy(x, [list[row]!], { V, scale });
-          const found = await readFloats(gpu, logits.tensor, [row * STRIDE, row * STRIDE + V]);
+          const found = await readFloats(gpu, gradient, [row * STRIDE, row * STRIDE + V]);
           agree("cross_entropy.backward", found, expected.dlogits);
           agree("cross_entropy loss", await readFloats(gpu, nll, [row, row + 1]), expected.nll);
         }
       };
-      // In place: later runs see the gradient as logits, which costs the same.
-      return { commands: [op.backward({ rows: rows(R), ...uniforms, labels, logits: logits.tensor, nll })], check };
+      const reset = [{ copy: { from: logits.tensor, to: gradient, bytes: gradient.bytes } }];
+      return { commands: [op.backward({ rows: rows(R), ...uniforms, labels, logits: gradient, nll })], reset, check };
     },
   };
 }

@@ -97,7 +97,9 @@ function productCase(matmul: Matmul, of: ProductCase, tile: Tile | undefined): C
       const w = await random("w", op === "nt" ? [N, K] : [K, N], { dtype, spread: 0.05, mean: 0.01, seed: 2 });
       const out = output("out", [M, N]);
       const u = rank ? await random("lora_x", [M, rank * segments.length], { seed: 3 }) : undefined;
-      const b = rank ? await random("lora_w", op === "nt" ? [N, rank] : [rank, N], { spread: 0.05, seed: 4 }) : undefined;
+      const b = rank
+        ? await random("lora_w", op === "nt" ? [N, rank] : [rank, N], { spread: 0.05, seed: 4 })
+        : undefined;
       const product: Product = {
         rows: rows(op === "tn" ? K : M),
         x,
@@ -113,7 +115,9 @@ function productCase(matmul: Matmul, of: ProductCase, tile: Tile | undefined): C
           const values = await readFloats(gpu, out, [row * N, (row + 1) * N]);
           for (let column = row % 7; column < N; column += Math.max(1, Math.floor(N / 13))) {
             found.push(values[column]!);
-            expected.push(entry({ op, x, w, M, N, K }, row, column) + lowRank({ op, u, b, rank, segments, N }, row, column));
+            expected.push(
+              entry({ op, x, w, M, N, K }, row, column) + lowRank({ op, u, b, rank, segments, N }, row, column),
+            );
           }
         }
         agree(`matmul.${op} ${name} ${tile ? tileName(tile) : ""}`, found, expected);

@@ -5,7 +5,7 @@
 import process from "node:process";
 import { fromFloat32, toFloat32 } from "../../lib/data/dtype.ts";
 import type { Gpu } from "../../lib/gpu/device.ts";
-import { createRows, type Dispatch, type Rows } from "../../lib/gpu/kernel.ts";
+import { type Command, createRows, type Dispatch, type Rows } from "../../lib/gpu/kernel.ts";
 import { run, timePasses } from "../../lib/gpu/program.ts";
 import { createTensor, downloadBytes, type Storage, type Tensor, upload } from "../../lib/gpu/tensor.ts";
 import { assertClose } from "../check.ts";
@@ -20,10 +20,11 @@ export interface Measured {
   readonly cpu_ms: number | null;
 }
 
-/** The peaks of the device. */
+/** The peaks of the device; `perCpuS` the same per second of processor time, where the device is the processor. */
 export interface Peaks {
   readonly gflops: number;
   readonly gbps: number;
+  readonly perCpuS: { readonly gflops: number; readonly gbps: number } | null;
 }
 
 /** A kernel at one size: what it computes, how that is checked, and what counts as its work. */
@@ -35,7 +36,14 @@ export interface Case {
   /** Floating-point operations, or bytes that must be read and written at least. */
   readonly work: { readonly flop: number } | { readonly bytes: number };
   /** Makes inputs and records; `check` compares the outputs after one run with the reference and throws. */
-  prepare(scope: Scope): Promise<{ commands: readonly Dispatch[]; check: () => Promise<void> }>;
+  prepare(scope: Scope): Promise<Prepared>;
+}
+
+/** A recorded case. What works in place has a `reset`, which runs untimed before each of its runs. */
+export interface Prepared {
+  readonly commands: readonly Dispatch[];
+  readonly reset?: readonly Command[];
+  readonly check: () => Promise<void>;
 }
 
 /** One line of `kernels` in bench.json; `share` is of the peak measured in the same run. */
@@ -47,6 +55,8 @@ export interface KernelResult extends Measured {
   readonly gflops?: number;
   readonly gbps?: number;
   readonly share: number;
+  /** GFLOP or GB per second of processor time, where the device is the processor. */
+  readonly per_cpu_s: number | null;
 }
 
 /** Buffers of one case. */
@@ -84,41 +94,46 @@ export async function benchCase(
   { peaks, quick }: { peaks: Peaks; quick: boolean },
 ): Promise<KernelResult> {
   const made: GPUBuffer[] = [];
-  const { commands, check } = await of.prepare(createScope(gpu, made));
-  run(gpu, commands);
+  const { commands, reset = [], check } = await of.prepare(createScope(gpu, made));
+  run(gpu, [...reset, ...commands]);
   await check();
-  const measured = await measure(gpu, commands, { quick });
+  const measured = await measure(gpu, commands, { quick, reset });
   for (const buffer of made) buffer.destroy();
-  const rate = ("flop" in of.work ? of.work.flop : of.work.bytes) / measured.ms / 1e6;
+  const work = ("flop" in of.work ? of.work.flop : of.work.bytes) / 1e6, rate = work / measured.ms;
+  const per_cpu_s = measured.cpu_ms === null ? null : work / measured.cpu_ms;
   const figure = "flop" in of.work
     ? { gflops: rate, share: rate / peaks.gflops }
     : { gbps: rate, share: rate / peaks.gbps };
   const tile = of.tile === undefined ? {} : { tile: of.tile };
-  return { name: of.name, shape: of.shape, dtype: of.dtype, ...tile, ...measured, ...figure };
+  return { name: of.name, shape: of.shape, dtype: of.dtype, ...tile, ...measured, ...figure, per_cpu_s };
 }
 
-/** Times `commands`; they must not depend on how often they ran. */
+/** Times `commands`, many times in a row where there is no `reset`. */
 export async function measure(
   gpu: Gpu,
   commands: readonly Dispatch[],
-  { quick = false }: { quick?: boolean } = {},
+  { quick = false, reset = [] }: { quick?: boolean; reset?: readonly Command[] } = {},
 ): Promise<Measured> {
-  const once = async (passes: Dispatch[][]) => (await timePasses(gpu, passes)).map(({ ms }) => ms);
-  await once([[...commands]]); // compiles
-  const estimate = Math.max(...await once([[...commands]]), 1e-3);
+  const timed = async (runs: number, repeat: number) => {
+    const list = Array.from({ length: repeat }, () => commands).flat();
+    const spans = await timePasses(gpu, Array.from({ length: runs }, () => [...reset, list]).flat(1));
+    return spans.map(({ ms }) => ms / repeat);
+  };
+  await timed(1, 1); // compiles
+  const estimate = Math.max(...await timed(1, 1), 1e-3);
   const fill = gpu.cpu ? 40 : 10; // ms of a run
-  const repeat = Math.max(1, Math.min(1000, Math.ceil(fill / estimate)));
-  const list = Array.from({ length: repeat }, () => commands).flat();
+  const repeat = reset.length > 0 ? 1 : Math.max(1, Math.min(1000, Math.ceil(fill / estimate)));
   const runs = Math.max(3, Math.min(quick ? 3 : 9, Math.round(1500 / (estimate * repeat))));
   const before = process.cpuUsage();
-  const times = (await once(Array.from({ length: runs }, () => list))).map((ms) => ms / repeat);
+  const times = await timed(runs, repeat);
   const cpu = process.cpuUsage(before);
   return {
     ms: median(times),
     min_ms: Math.min(...times),
     max_ms: Math.max(...times),
     runs,
-    cpu_ms: gpu.cpu ? (cpu.user + cpu.system) / 1e3 / repeat / runs : null,
+    // What resets is in the processor time too, so it is not told there.
+    cpu_ms: gpu.cpu && reset.length === 0 ? (cpu.user + cpu.system) / 1e3 / repeat / runs : null,
   };
 }
 
@@ -173,7 +188,12 @@ function createScope(gpu: Gpu, made: GPUBuffer[]): Scope {
       const at = (index: number) => values[index % PERIOD]!;
       return { tensor: t, at, slice: (from, to) => Float32Array.from({ length: to - from }, (_, i) => at(from + i)) };
     },
-    async input(name, values, dtype, shape = [values.byteLength / (dtype === "u8" ? 1 : dtype.endsWith("16") ? 2 : 4)]) {
+    async input(
+      name,
+      values,
+      dtype,
+      shape = [values.byteLength / (dtype === "u8" ? 1 : dtype.endsWith("16") ? 2 : 4)],
+    ) {
       const t = tensor(name, shape, dtype);
       await upload(gpu, t, values);
       return t;

@@ -3,7 +3,7 @@ import type { Gpu } from "../../lib/gpu/device.ts";
 import { fold, Kernel, laneCount } from "../../lib/gpu/kernel.ts";
 import { run } from "../../lib/gpu/program.ts";
 import { createTensor, type Tensor, upload } from "../../lib/gpu/tensor.ts";
-import { agree, measure, type Peaks, readFloats } from "./measure.ts";
+import { agree, measure, type Measured, type Peaks, readFloats } from "./measure.ts";
 import source from "./peak.wgsl" with { type: "text" };
 
 /** Measures both peaks; each kernel's result is checked first. */
@@ -24,7 +24,7 @@ export async function measurePeaks(gpu: Gpu, { quick }: { quick: boolean }): Pro
   const found = await readFloats(gpu, sums, [0, LANES]);
   agree("peak.fma_f32", lanes.map((lane) => found[lane]!), lanes.map((lane) => chains(lane, 20 * STEPS)));
   const flop = 2 * 12 * 20 * STEPS * groups * LANES;
-  const gflops = flop / (await measure(gpu, [fma], { quick })).min_ms / 1e6;
+  const multiplied = await measure(gpu, [fma], { quick });
 
   // Larger than any cache, as far as one binding goes.
   const perGroup = LANES * 8 * 16;
@@ -36,9 +36,12 @@ export async function measurePeaks(gpu: Gpu, { quick }: { quick: boolean }): Pro
   const copy = kernel.record("copy", { constants: { LANES }, bind: { x, out }, grid: fold(copied / perGroup) });
   run(gpu, [copy]);
   agree("peak.copy", await readFloats(gpu, out, [copied / 4 - probe.length, copied / 4]), probe);
-  const gbps = 2 * copied / (await measure(gpu, [copy], { quick })).min_ms / 1e6;
+  const moved = await measure(gpu, [copy], { quick });
   for (const { buffer } of made) buffer.destroy();
-  return { gflops, gbps };
+  const rate = (ms: (of: Measured) => number) => (
+    { gflops: flop / ms(multiplied) / 1e6, gbps: 2 * copied / ms(moved) / 1e6 }
+  );
+  return { ...rate((of) => of.min_ms), perCpuS: gpu.cpu ? rate((of) => of.cpu_ms!) : null };
 }
 
 /** What a lane of fma_f32 sums up, in 64 bits. */

@@ -118,7 +118,10 @@ export async function writeSmallProblem(dir: string): Promise<{ adapter: Adapter
     const values = kind === "A" && transpose(normal(rows * columns, 1 / Math.sqrt(columns), seed++), columns, rows);
     adapter.set(name, values || new Float32Array(rows * columns));
   }
-  return { adapter: { lora: LORA, tensors: adapter }, batch: randomBatch({ rows: 4, length: 128, vocab: V, seed: 4242 }) };
+  return {
+    adapter: { lora: LORA, tensors: adapter },
+    batch: randomBatch({ rows: 4, length: 128, vocab: V, seed: 4242 }),
+  };
 }
 
 /** Rows of uniformly drawn tokens, each to be predicted from those before it. */

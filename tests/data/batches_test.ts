@@ -23,9 +23,6 @@ Deno.test("batchOf() lays rows side by side and has each token predict the next 
     inputIds: Int32Array.of(7, 8, 9, 0, 1, 2),
     positionIds: Int32Array.of(0, 0, 1, 0, 1, 2),
     targets: Int32Array.of(-100, 9, -100, 1, 2, -100),
-    labels: Int32Array.of(7, 8, 9, 0, 1, 2),
-    rowOffsets: [0, 3, 6],
-    metadata: {},
   });
 });
 

@@ -211,7 +211,7 @@ Deno.test(
   "Llama gives the same on kernels that share workgroup memory, as GPUs run them: tiny",
   { ignore },
   async () => {
-    const gpu = { ...await openGpu(), lanes: "shared" } as const;
+    const gpu = { ...await openGpu(), lanes: "shared", cpu: false } as const;
     const model = goldenPath("tiny/model_hf"), file = golden("tiny/lora.safetensors");
     await withLlama(
       { model, train: "full", gpu },

@@ -94,7 +94,7 @@ Deno.test("loadCheckpoint() refuses other settings, other files, another kind of
     await refuses({ files: { "rows.safetensors": "abd" } }, '"rows.safetensors" is not the file that it was made with');
     trainer.llama.destroy();
 
-    const other = await open("adamw", "lora");
+    const other = await open("adamw", "full");
     await assertRejects(
       () => loadCheckpoint(at(4), { trainer: other, settings }),
       Error,

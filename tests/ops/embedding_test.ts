@@ -1,5 +1,6 @@
 /**
- * embedding.wgsl against the CPU reference: moving rows is exact; adding them up is off by 2e-15 (NMSE), bounded at 100 times that.
+ * embedding.wgsl against the CPU reference: moving rows is exact; adding up a few of them is off by 2e-15 (NMSE), 2,100 of them
+ * by 4e-13; the bounds are 100 times that.
  */
 import { assertEquals } from "@std/assert";
 import { createEmbedding } from "../../lib/ops/embedding.ts";
@@ -7,7 +8,7 @@ import { assertClose, wave } from "../check.ts";
 import { gpuTest, stored } from "../on_gpu.ts";
 import { addTo, embedding, embeddingBackward } from "../reference.ts";
 
-const SUM = 2e-13;
+const SUM = 2e-13, LONG_SUM = 4e-11;
 const DIMS = [8, 64, 200], ROWS = [1, 3, 5, 257], VOCAB = 101;
 const someIds = (count: number, phase = 0) =>
   Uint32Array.from({ length: count }, (_, i) => (i * i * 7 + i + phase) % VOCAB);
@@ -104,5 +105,5 @@ gpuTest("embedding.backward adds up thousands of rows of one id", async ({ gpu, 
   };
   const [found] = await compute([op.backward(t)], [dtable]);
   const expected = addTo(embeddingBackward(dout, new Uint32Array(count), { V: 1, C: dim }), wave(dim));
-  assertClose(found!, expected, { nmse: 1e-11, name: "dtable" });
+  assertClose(found!, expected, { nmse: LONG_SUM, name: "dtable" });
 });

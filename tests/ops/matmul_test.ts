@@ -34,23 +34,16 @@ interface Case {
   readonly columns?: readonly number[];
 }
 
-/** Where a matrix lies in a buffer of other numbers. */
-class Place {
-  readonly offset: number;
-  readonly stride: number;
-  constructor(readonly rows: number, readonly columns: number, [before, after]: readonly [number, number]) {
-    this.offset = before;
-    this.stride = columns + after;
-  }
-  get length() {
-    return this.offset + this.rows * this.stride;
-  }
-  put(values: ArrayLike<number>, into: Float32Array<ArrayBuffer>) {
-    for (let r = 0; r < this.rows; r++) {
-      for (let c = 0; c < this.columns; c++) into[this.offset + r * this.stride + c] = values[r * this.columns + c]!;
+/** Where a matrix lies in a buffer of other numbers, and how it is put there. */
+function placeOf(rows: number, columns: number, [before, after]: readonly [number, number]) {
+  const offset = before, stride = columns + after;
+  const put = (values: ArrayLike<number>, into: Float32Array<ArrayBuffer>) => {
+    for (let r = 0; r < rows; r++) {
+      for (let c = 0; c < columns; c++) into[offset + r * stride + c] = values[r * columns + c]!;
     }
     return into;
-  }
+  };
+  return { offset, stride, length: offset + rows * stride, put };
 }
 
 /** Low-rank operands with a column of x and a row of w that belong to nobody, and what they add to the product. */
@@ -83,10 +76,13 @@ async function lowRank({ input }: Bench, entry: Entry, { size: [M, N], ranks = [
 async function check(bench: Bench, { matmul, entry, of }: { matmul: Matmul; entry: Entry; of: Case }): Promise<void> {
   const { size: [M, N, K], w: dtype = "f32", plus, scale = 1, gap = [0, 0], ranks } = of;
   const name = `${entry} ${JSON.stringify(of)}`;
-  const place = { x: entry === "tn" ? new Place(K, M, gap) : new Place(M, K, gap), out: new Place(M, N, gap) };
-  const wPlace = entry === "nt" ? new Place(N, K, gap) : new Place(K, N, gap);
+  const place = { x: entry === "tn" ? placeOf(K, M, gap) : placeOf(M, K, gap), out: placeOf(M, N, gap) };
+  const wPlace = entry === "nt" ? placeOf(N, K, gap) : placeOf(K, N, gap);
   const x = wave(M * K), w = stored(wave(N * K, 1), dtype).values;
-  const operand = async (as: string, { at, values, dtype }: { at: Place; values: Float32Array; dtype: Dtype }) => ({
+  const operand = async (
+    as: string,
+    { at, values, dtype }: { at: ReturnType<typeof placeOf>; values: Float32Array; dtype: Dtype },
+  ) => ({
     tensor: await bench.input(as, stored(at.put(values, wave(at.length, 5)), dtype).bytes, { dtype }),
     offset: at.offset,
     stride: at.stride,
@@ -149,8 +145,8 @@ const CASES: Record<Entry, readonly Case[]> = {
     { size: [31, 132, 64], ranks: [16], columns: [132], w: "bf16", plus: "tensor" },
   ],
   tn: [
-    ...ROWS.flatMap((K) => DTYPES.map((w): Case => ({ size: [36, 40, K], w }))),
-    ...DTYPES.map((w): Case => ({ size: [36, 8, 33], w, gap: [4, 12], plus: "out", scale: 0.37 })),
+    ...ROWS.flatMap((K) => DTYPES.slice(0, 2).map((w): Case => ({ size: [36, 40, K], w }))),
+    ...DTYPES.slice(0, 2).map((w): Case => ({ size: [36, 8, 33], w, gap: [4, 12], plus: "out", scale: 0.37 })),
     { size: [4, 4, 1] },
     { size: [200, 132, 2752], plus: "out" },
     { size: [64, 96, 5], plus: "tensor" },

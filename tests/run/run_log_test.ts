@@ -50,6 +50,7 @@ Deno.test("writeReport() draws the losses and writes trainer_state.json with the
     const entries = [{ step: 0, eval_loss: 3 }, update(1, 2.5), update(2, 2), update(3, 1.75), {
       step: 3,
       eval_loss: 2,
+      eval_perplexity: 7.25,
     }];
     for (const entry of entries) log.append(entry);
     await log.writeReport(dir, about);
@@ -59,7 +60,7 @@ Deno.test("writeReport() draws the losses and writes trainer_state.json with the
     });
     const page = Deno.readTextFileSync(`${dir}/report.html`);
     assertEquals(page.match(/<svg/g)?.length, 3);
-    assertStringIncludes(page, "a &lt;device&gt;");
-    assertStringIncludes(page, "7.39"); // exp(2), the perplexity after the last update
+    assertStringIncludes(page, "a &#60;device&#62;");
+    assertStringIncludes(page, "7.25"); // the perplexity after the last update, which is not exp(loss)
     assert(Deno.readTextFileSync(`${dir}/loss.svg`).startsWith("<svg"));
   }));

@@ -46,12 +46,13 @@ const whileWriting = (step: number, bytes: number): Moment => (out) =>
     return bytes === 0 || (exists(file) && Deno.statSync(file).size >= bytes);
   });
 
-/** At a time that nobody chose, after at least `count` more lines of the log. */
-function somewhenAfter(count: number, path: string): Moment {
-  const from = lines(path);
-  let due = Infinity;
-  return () => {
-    if (due === Infinity && lines(path) >= from + count) due = performance.now() + 200 * Math.random();
+/** At a time that nobody chose, after at least `count` more lines of the log, which is cut when the run goes on. */
+function somewhenAfter(count: number): Moment {
+  let least = Infinity, due = Infinity;
+  return (out) => {
+    const now = lines(`${out}/log.jsonl`);
+    least = Math.min(least, now);
+    if (due === Infinity && now >= least + count) due = performance.now() + 150 * Math.random();
     return performance.now() >= due;
   };
 }
@@ -126,12 +127,11 @@ Deno.test(
       await stage(dir, "05_train", `${run} --out whole`);
 
       const line = `${run} --out killed`, out = `${dir}/killed`;
-      const log = `${out}/log.jsonl`;
       await kill(dir, line, beforeTheFirstCheckpoint);
       assertEquals(listCheckpoints(`${out}/checkpoints`), []);
       assert(!exists(`${out}/manifest.json`));
       await kill(dir, line, whileWriting(4, 0));
-      await kill(dir, line, somewhenAfter(2, log));
+      await kill(dir, line, somewhenAfter(2));
       await kill(dir, line, whileWriting(8, 100_000));
       const before = listCheckpoints(`${out}/checkpoints`);
       assertGreater(before.length, 1);
@@ -155,7 +155,7 @@ Deno.test(
       assertStringIncludes(damaged.err, `remove that folder to go on from "${relative(older)}"`);
       Deno.removeSync(newest, { recursive: true });
 
-      const printed = await kill(dir, line, somewhenAfter(3, log));
+      const printed = await kill(dir, line, somewhenAfter(3));
       assertStringIncludes(printed, `Going on after update ${before.at(-2)!.step} (${relative(older)}).`);
       await stage(dir, "05_train", line);
       assertSame(dir, ["whole", "killed"], "adapter/adapter_model.safetensors");
@@ -184,7 +184,7 @@ Deno.test(
       const run = `${how} --max-steps 6 --batch-size 2 --save-steps 2 --eval-steps 3`;
       await stage(dir, "05_train", `${run} --out whole`);
       await kill(dir, `${run} --out killed`, whileWriting(4, 1_000_000));
-      await kill(dir, `${run} --out killed`, somewhenAfter(1, `${dir}/killed/log.jsonl`));
+      await kill(dir, `${run} --out killed`, somewhenAfter(1));
       await stage(dir, "05_train", `${run} --out killed`);
       assertSame(dir, ["whole", "killed"], "model/model.safetensors");
     }),

@@ -1,0 +1,270 @@
+/**
+ * Tests of stages as processes: when they run, when they are up to date, what they write down, and what a second process,
+ * a killed one or a foreign folder does to them. The stage copies its input in capitals.
+ */
+import { assert, assertEquals, assertMatch, assertNotEquals, assertRejects, assertStringIncludes } from "@std/assert";
+import { createHash } from "node:crypto";
+import { checkInput, type Manifest, readManifest, sha256File, writeAtomic, writeJson } from "../../lib/run/manifest.ts";
+
+const LIB = new URL("../../lib/run/", import.meta.url).href;
+const CONFIG = new URL("../../deno.json", import.meta.url).pathname;
+const SCRIPT = `/** A stage. */
+import { flags } from "${LIB}flags.ts";
+import { beginStage } from "${LIB}manifest.ts";
+const opt = flags(import.meta, { source: "in", factor: 2, wait: false, bad: false, reuse: false, name: "09_copy" });
+const stage = await beginStage(opt.name, opt, { reads: [opt.source, "", "hf:owner/name"], reuse: opt.reuse });
+console.log("working");
+for (const { name } of [...Deno.readDirSync(opt.source)].filter((entry) => entry.name.endsWith(".txt"))) {
+  Deno.writeTextFileSync(stage.out + "/" + name, Deno.readTextFileSync(opt.source + "/" + name).toUpperCase());
+}
+Deno.mkdirSync(stage.out + "/deep/er", { recursive: true });
+Deno.writeTextFileSync(stage.out + "/deep/er/last", "x");
+Deno.mkdirSync(stage.out + "/checkpoints", { recursive: true });
+Deno.writeTextFileSync(stage.out + "/checkpoints/step", "not recorded");
+if (opt.wait) await new Promise((resolve) => setTimeout(resolve, 60_000));
+await stage.done({ numbers: { factor: opt.factor, list: [1, opt.bad ? NaN : 2] }, device: "a device" });
+`;
+
+interface Bench {
+  readonly dir: string;
+  /** Starts the stage with `line` as its arguments. */
+  start(line?: string): Deno.ChildProcess;
+  /** Runs it to its end. */
+  run(line?: string): Promise<{ code: number; out: string; err: string }>;
+  write(path: string, text: string): void;
+  files(folder?: string): string[];
+}
+
+async function onBench(body: (bench: Bench) => Promise<void>): Promise<void> {
+  const dir = Deno.makeTempDirSync();
+  Deno.writeTextFileSync(`${dir}/09_copy.ts`, SCRIPT);
+  const start = (line = "") =>
+    new Deno.Command(Deno.execPath(), {
+      args: ["run", "-A", "--quiet", "--config", CONFIG, "09_copy.ts", ...line.split(" ").filter(Boolean)],
+      cwd: dir,
+      env: { NO_COLOR: "1", RECIPE: "", DEBUG: "" },
+      stdout: "piped",
+      stderr: "piped",
+    }).spawn();
+  const bench: Bench = {
+    dir,
+    start,
+    async run(line) {
+      const { code, stdout, stderr } = await start(line).output();
+      return { code, out: new TextDecoder().decode(stdout), err: new TextDecoder().decode(stderr) };
+    },
+    write(path, text) {
+      Deno.mkdirSync(`${dir}/${path}`.replace(/\/[^/]*$/, ""), { recursive: true });
+      Deno.writeTextFileSync(`${dir}/${path}`, text);
+    },
+    files: (folder = "artifacts/09_copy") => walk(`${dir}/${folder}`).map((path) => path.slice(dir.length + 1)).sort(),
+  };
+  bench.write("in/a.txt", "first");
+  bench.write("in/sub/b.txt", "second");
+  bench.write("in/manifest.json", "{}");
+  await body(bench).finally(() => Deno.removeSync(dir, { recursive: true }));
+}
+
+function walk(dir: string): string[] {
+  return [...Deno.readDirSync(dir)].flatMap(({ name, isDirectory }) =>
+    isDirectory ? walk(`${dir}/${name}`) : [`${dir}/${name}`]
+  );
+}
+
+/** Waits until the stage says that it works, and leaves it at work. */
+async function working(child: Deno.ChildProcess): Promise<void> {
+  const reader = child.stdout.getReader();
+  assertEquals(new TextDecoder().decode((await reader.read()).value), "working\n");
+  reader.releaseLock();
+}
+
+const OUT = "artifacts/09_copy";
+const UP_TO_DATE = `09_copy is up to date (${OUT})\n`;
+const sha256 = (text: string) => createHash("sha256").update(text).digest("hex");
+
+Deno.test("a stage writes down what it read, wrote and measured, and prints it as its last line", () =>
+  onBench(async ({ dir, run, files }) => {
+    const { code, out, err } = await run("--factor 3 --verbose");
+    assertEquals([code, err], [0, ""]);
+    const manifest = readManifest(`${dir}/${OUT}`)!;
+    assertEquals(JSON.parse(out.trimEnd().split("\n").at(-1)!), manifest);
+    const { script, device, numbers, flags } = manifest;
+    assertEquals({ script, device, numbers }, {
+      script: "09_copy",
+      device: "a device",
+      numbers: { factor: 3, list: [1, 2] },
+    });
+    const asked = { source: "in", factor: 3, wait: false, bad: false, reuse: false, name: "09_copy" };
+    assertEquals(flags, { ...asked, recipe: "tiny", out: OUT });
+    const short = (list: Manifest["reads"]) => list.map(({ path, bytes, sha256 }) => [path, bytes, sha256]);
+    assertEquals(short(manifest.reads), [["in/a.txt", 5, sha256("first")], ["in/sub/b.txt", 6, sha256("second")]]);
+    assertEquals(short(manifest.writes), [["a.txt", 5, sha256("FIRST")], ["deep/er/last", 1, sha256("x")]]);
+    assertEquals(manifest.reads[0]!.mtime, Deno.statSync(`${dir}/in/a.txt`).mtime!.getTime());
+    assert(manifest.seconds > 0 && manifest.seconds < 60);
+    const written = ["a.txt", "checkpoints/step", "deep/er/last", "manifest.json"].map((name) => `${OUT}/${name}`);
+    assertEquals(files(), written, "nothing else is left, no lock and no temporary file");
+  }));
+
+Deno.test("a stage runs again when a flag, an input or a result has changed, and only then", async (t) => {
+  await onBench(async ({ dir, run, write }) => {
+    assertEquals((await run()).code, 0);
+    const same = (name: string, line = "", act = () => {}) =>
+      t.step(name, async () => {
+        act();
+        assertEquals(await run(line), { code: 0, out: UP_TO_DATE, err: "" });
+      });
+    const again = (name: string, line = "", act = () => {}) =>
+      t.step(name, async () => {
+        act();
+        const { code, out, err } = await run(line);
+        assertEquals([code, err], [0, ""]);
+        assertStringIncludes(out, "working\n");
+      });
+    await same("nothing has changed");
+    await same("a flag that changes no result", "--verbose");
+    await same("an input has a new date and the old text", "", () => Deno.utimeSync(`${dir}/in/a.txt`, 1, 1));
+    await same("a result has a new date and the old text", "", () => Deno.utimeSync(`${dir}/${OUT}/a.txt`, 1, 1));
+    await again("--force", "--force");
+    await again("another flag", "--factor 5");
+    await again("the flag back again");
+    await again("an input has another text of the same length", "", () => write("in/a.txt", "FIRST"));
+    await again("a new input", "", () => write("in/sub/c.txt", ""));
+    await again("an input less", "", () => Deno.removeSync(`${dir}/in/sub/c.txt`));
+    await again("a result is missing", "", () => Deno.removeSync(`${dir}/${OUT}/deep/er/last`));
+    await again("a result has another text of the same length", "", () => write(`${OUT}/a.txt`, "fIRST"));
+    await again("the manifest is missing and the lock of the dead run is there", "", () => {
+      Deno.renameSync(`${dir}/${OUT}/manifest.json`, `${dir}/${OUT}/.lock`);
+      write(`${OUT}/.lock`, "09_copy pid 1\n");
+    });
+    await same("and then all is well again");
+  });
+});
+
+Deno.test("a stage empties its folder of an earlier run, unless it goes on with it", () =>
+  onBench(async ({ dir, run, write, files }) => {
+    await run();
+    write(`${OUT}/old.txt`, "of an earlier version");
+    write(`${OUT}/half.safetensors.12.tmp`, "of a process that was killed");
+    assertEquals((await run("--force --reuse")).code, 0);
+    assert(files().includes(`${OUT}/old.txt`));
+    assertEquals(files().filter((path) => path.endsWith(".tmp")), []);
+    assertEquals(readManifest(`${dir}/${OUT}`)!.writes.map(({ path }) => path), ["a.txt", "deep/er/last", "old.txt"]);
+    assertEquals((await run("--force")).code, 0);
+    assertEquals(files().includes(`${OUT}/old.txt`), false);
+  }));
+
+Deno.test("a stage that fails or is killed leaves no manifest, and the next run does all of it", () =>
+  onBench(async ({ dir, start, run, files }) => {
+    assertEquals((await run()).code, 0);
+    const failed = await run("--bad");
+    assertEquals(failed.code, 1);
+    assertEquals(failed.err, "Cannot write manifest.json: numbers.list.1 is NaN: a finite number is wanted\n");
+    assertEquals(files().includes(`${OUT}/manifest.json`), false);
+    const child = start("--wait");
+    await working(child);
+    child.kill("SIGKILL");
+    await Promise.all([child.status, child.stdout.cancel(), child.stderr.cancel()]);
+    assertEquals(files().includes(`${OUT}/manifest.json`), false);
+    assertMatch(Deno.readTextFileSync(`${dir}/${OUT}/.lock`), /^09_copy pid \d+\n$/);
+    const next = await run();
+    assertEquals([next.code, next.err], [0, ""]);
+    assertEquals(files().includes(`${OUT}/.lock`), false);
+  }));
+
+Deno.test("two processes do not work in one folder: the second names the first", () =>
+  onBench(async ({ start, run }) => {
+    const child = start("--wait");
+    await working(child);
+    const second = await run();
+    assertEquals([second.code, second.out], [1, ""]);
+    assertStringIncludes(
+      second.err,
+      `Cannot write "${OUT}": another process is at work there (09_copy pid ${child.pid})`,
+    );
+    child.kill("SIGKILL");
+    await Promise.all([child.status, child.stdout.cancel(), child.stderr.cancel()]);
+    assertEquals((await run()).code, 0);
+  }));
+
+Deno.test("a stage never touches a folder that it did not make", () =>
+  onBench(async ({ dir, run, write, files }) => {
+    write("mine/thesis.txt", "ten years of work");
+    write("mine/manifest.json", '{"script":"08_other"}');
+    for (const line of ["--out mine", "--out mine --force", "--out mine --reuse", "--out in"]) {
+      const { code, err } = await run(line);
+      assertEquals(code, 1, line);
+      assertMatch(
+        err,
+        /^Cannot write "(mine|in)": it has files that 09_copy did not make \("[^"]+"\): name another folder/,
+      );
+    }
+    assertEquals(files("mine"), ["mine/manifest.json", "mine/thesis.txt"]);
+    assertEquals(Deno.readTextFileSync(`${dir}/in/a.txt`), "first");
+    assertEquals((await run("--out empty/er")).code, 0);
+    const other = await run("--out empty/er --name 08_other");
+    assertEquals([other.code, other.out], [1, ""]);
+    assertStringIncludes(other.err, "it has files that 08_other did not make");
+  }));
+
+Deno.test("a stage that reads another's folder takes over its sums as long as the files are as it left them", () =>
+  onBench(async ({ dir, run, write }) => {
+    await run("--out artifacts/01_first --name 01_first");
+    const path = "artifacts/01_first/a.txt";
+    const manifest = readManifest(`${dir}/artifacts/01_first`)!;
+    const marked = manifest.writes.map((record) => ({ ...record, sha256: "taken over" }));
+    write("artifacts/01_first/manifest.json", JSON.stringify({ ...manifest, writes: marked }));
+    const sum = async () => {
+      await run("--source artifacts/01_first --force");
+      return readManifest(`${dir}/${OUT}`)!.reads.find((record) => record.path === path)!.sha256;
+    };
+    assertEquals(await sum(), "taken over");
+    Deno.utimeSync(`${dir}/${path}`, 1, 1);
+    assertEquals(await sum(), sha256("FIRST"));
+  }));
+
+Deno.test("a missing or unfinished input says what makes it", () =>
+  onBench(async ({ dir, run, write }) => {
+    const refused = async (source: string, message: string) => {
+      const { code, out, err } = await run(`--source ${source}`);
+      assertEquals([code, out, err], [1, "", `Cannot read ${message}\n`]);
+    };
+    await refused("nowhere", '"nowhere": no such file or folder');
+    await refused("artifacts/02_load", '"artifacts/02_load": run "deno task 02" first');
+    await refused("artifacts/05_train/adapter", '"artifacts/05_train/adapter": run "deno task 05" first');
+    write("artifacts/02_load/model.safetensors", "half of it");
+    const unfinished = '"artifacts/02_load" has no manifest.json, so it is unfinished: run "deno task 02" first';
+    await refused("artifacts/02_load", `"artifacts/02_load": ${unfinished}`);
+    write("artifacts/05_train/checkpoints/step-10/adapter", "whole");
+    checkInput(`${dir}/artifacts/05_train/checkpoints/step-10`);
+    checkInput(`${dir}/artifacts/02_load`, { out: `${dir}/artifacts/02_load` });
+    write("artifacts/02_load/manifest.json", "{");
+    const { err } = await run("--source artifacts/02_load --out artifacts/02_load");
+    assertMatch(
+      err,
+      /^Cannot read "artifacts\/02_load\/manifest\.json": .*: remove the file and run the stage again\n$/,
+    );
+  }));
+
+Deno.test("writeAtomic() replaces a file as a whole and leaves nothing beside it when it fails", async () => {
+  const dir = Deno.makeTempDirSync();
+  await writeJson(`${dir}/a.json`, { b: [1, "ü"] });
+  assertEquals(Deno.readTextFileSync(`${dir}/a.json`), '{\n  "b": [\n    1,\n    "ü"\n  ]\n}\n');
+  const inode = Deno.statSync(`${dir}/a.json`).ino;
+  await writeAtomic(`${dir}/a.json`, new Uint8Array([1, 2, 3]));
+  assertEquals(Deno.readFileSync(`${dir}/a.json`), new Uint8Array([1, 2, 3]));
+  assertNotEquals(Deno.statSync(`${dir}/a.json`).ino, inode);
+  Deno.mkdirSync(`${dir}/folder/full`, { recursive: true });
+  await assertRejects(() => writeAtomic(`${dir}/folder`, "a file cannot take the place of a folder"));
+  assertEquals([...Deno.readDirSync(dir)].map(({ name }) => name).sort(), ["a.json", "folder"]);
+  Deno.removeSync(dir, { recursive: true });
+});
+
+Deno.test("sha256File() agrees with a hash of the whole, for sizes around its pieces", () => {
+  const path = Deno.makeTempFileSync();
+  for (const size of [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3_000_000]) {
+    const bytes = Uint8Array.from({ length: size }, (_, i) => (i * 31 + size) & 255);
+    Deno.writeFileSync(path, bytes);
+    assertEquals(sha256File(path), createHash("sha256").update(bytes).digest("hex"));
+  }
+  Deno.removeSync(path);
+});

@@ -1,0 +1,159 @@
+/**
+ * Tests of scripts/setup.sh on machines that lack something: a folder of stand-ins for npm, apt-get, deno and id is all
+ * that is on PATH. They note their calls and install by writing a file; nothing real is installed.
+ */
+import { assertEquals, assertMatch, assertStringIncludes } from "@std/assert";
+import { fileURLToPath } from "node:url";
+
+const SETUP = fileURLToPath(new URL("../../scripts/setup.sh", import.meta.url));
+const TOOLS = ["sh", "dirname", "head", "cat", "cp", "mkdir", "chmod", "touch"];
+
+/** What the machine has; `prefix` is npm's global folder, relative to the machine's own. */
+interface Machine {
+  readonly deno?: string;
+  readonly npm?: "works" | "fails";
+  readonly prefix?: string;
+  readonly adapter?: boolean;
+  readonly apt?: "works" | "fails";
+  readonly root?: boolean;
+  readonly path?: readonly string[];
+}
+
+const DENO = (version: string, dir: string) =>
+  `#!/bin/sh
+case "$1" in
+  --version) echo "deno ${version} (stable, release, test)" ;;
+  eval) [ ! -e "${dir}/adapter" ] || echo "a test adapter" ;;
+  install) echo "deno install" >> "${dir}/calls" ;;
+esac
+`;
+const NPM = (dir: string, { npm, prefix = "usr" }: Machine) =>
+  `#!/bin/sh
+if [ "$1" = prefix ]; then echo "${dir}/${prefix}"; exit; fi
+echo "npm $*" >> "${dir}/calls"
+[ ${npm} = works ] || exit 1
+to="${dir}/${prefix}"
+while [ $# -gt 0 ]; do [ "$1" != --prefix ] || to="$2"; shift; done
+mkdir -p "$to/bin"
+cp "${dir}/deno" "$to/bin/deno"
+`;
+const APT = (dir: string, { apt }: Machine) =>
+  `#!/bin/sh
+echo "apt-get $*" >> "${dir}/calls"
+[ ${apt} = works ] || exit 100
+[ "$1" != install ] || touch "${dir}/adapter"
+`;
+
+/** Makes the machine, and runs setup.sh there as often as asked. */
+async function onMachine(
+  machine: Machine,
+  body: (
+    setup: () => Promise<{ code: number; out: string; err: string; calls: string[] }>,
+    dir: string,
+  ) => Promise<void>,
+): Promise<void> {
+  const dir = Deno.makeTempDirSync();
+  const write = (name: string, text: string) => Deno.writeTextFileSync(`${dir}/${name}`, text, { mode: 0o755 });
+  for (const folder of ["bin", "usr/bin", "home"]) Deno.mkdirSync(`${dir}/${folder}`, { recursive: true });
+  for (const folder of machine.path ?? []) Deno.mkdirSync(`${dir}/${folder}`, { recursive: true });
+  for (const tool of TOOLS) {
+    const found = ["/usr/bin", "/bin"].map((folder) => `${folder}/${tool}`).find((path) => isFile(path));
+    Deno.symlinkSync(found!, `${dir}/bin/${tool}`);
+  }
+  write("calls", "");
+  write("deno", DENO("2.9.6", dir));
+  write("bin/id", `#!/bin/sh\necho ${machine.root ? 0 : 1000}\n`);
+  if (machine.deno !== undefined) write("bin/deno", DENO(machine.deno, dir));
+  if (machine.npm !== undefined) write("bin/npm", NPM(dir, machine));
+  if (machine.apt !== undefined) write("bin/apt-get", APT(dir, machine));
+  if (machine.adapter) write("adapter", "");
+  const setup = async () => {
+    Deno.writeTextFileSync(`${dir}/calls`, "");
+    const path = ["bin", "usr/bin", ...(machine.path ?? [])].map((folder) => `${dir}/${folder}`).join(":");
+    const { code, stdout, stderr } = await new Deno.Command(`${dir}/bin/sh`, {
+      args: [SETUP],
+      clearEnv: true,
+      env: { PATH: path, HOME: `${dir}/home` },
+    }).output();
+    const [out, err] = [stdout, stderr].map((bytes) => new TextDecoder().decode(bytes).replaceAll(dir, "@"));
+    const calls = Deno.readTextFileSync(`${dir}/calls`).replaceAll(dir, "@").split("\n").filter((line) => line !== "");
+    return { code, out: out!, err: err!, calls };
+  };
+  await body(setup, dir).finally(() => Deno.removeSync(dir, { recursive: true }));
+}
+
+function isFile(path: string): boolean {
+  try {
+    return Deno.statSync(path).isFile;
+  } catch {
+    return false;
+  }
+}
+
+const INSTALL = "npm install -g --no-fund --no-audit --ignore-scripts=false --allow-scripts=deno";
+
+Deno.test("setup.sh installs nothing where Deno and an adapter are there", () =>
+  onMachine({ deno: "2.9.6", adapter: true, npm: "works", apt: "works" }, async (setup) => {
+    const { code, out, err, calls } = await setup();
+    assertEquals([code, err, calls], [0, "", ["deno install"]]);
+    assertStringIncludes(out, "Deno is there: deno 2.9.6");
+    assertStringIncludes(out, "WebGPU adapter: a test adapter");
+    assertMatch(out, /ready\n$/);
+  }));
+
+Deno.test("setup.sh installs Deno into npm's global folder and Mesa as root, and the second run does neither", () =>
+  onMachine({ npm: "works", apt: "works", root: true }, async (setup, dir) => {
+    const first = await setup();
+    assertEquals([first.code, first.err], [0, ""]);
+    assertEquals(first.calls, [
+      `${INSTALL} deno@2.9.6`,
+      "apt-get update",
+      "apt-get install -y mesa-vulkan-drivers libvulkan1",
+      "deno install",
+    ]);
+    assertEquals(isFile(`${dir}/usr/bin/deno`), true);
+    assertEquals((await setup()).calls, ["deno install"]);
+  }));
+
+Deno.test("setup.sh without root puts Deno into a folder of the user's own that is on PATH", () =>
+  onMachine({ npm: "works", prefix: "missing", adapter: true, path: ["home/.local/bin"] }, async (setup) => {
+    const { code, err, calls } = await setup();
+    assertEquals([code, err], [0, ""]);
+    assertEquals(calls[0], `${INSTALL} --prefix @/home/.local deno@2.9.6`);
+  }));
+
+Deno.test("setup.sh says which PATH is wanted when Deno could only go where the shell does not look", () =>
+  onMachine({ npm: "works", prefix: "missing", adapter: true }, async (setup) => {
+    const { code, err } = await setup();
+    assertEquals(code, 1);
+    assertMatch(err, /^Cannot set up: .*"export PATH=@\/home\/\.local\/bin:\$PATH"/);
+  }));
+
+Deno.test("setup.sh ends with one line where it has no means to go on", async (t) => {
+  const cases: readonly (readonly [string, Machine, RegExp])[] = [
+    ["no Deno and no npm", {}, /neither Deno nor npm: install Node\.js 20/],
+    ["npm fails", { npm: "fails", root: true }, /npm could not install deno@2\.9\.6/],
+    ["an old Deno", { deno: "2.8.3", adapter: true }, /Deno 2\.8\.3 is too old.*deno upgrade 2\.9\.6/],
+    ["a Deno of the first generation", { deno: "1.46.3", adapter: true }, /Deno 1\.46\.3 is too old/],
+    [
+      "no adapter and no root",
+      { deno: "2.9.6", apt: "works" },
+      /"sudo sh -c 'apt-get update && apt-get install -y mesa/,
+    ],
+    ["no adapter and no apt-get", { deno: "2.9.6", root: true }, /install a Vulkan driver/],
+    ["apt-get fails", { deno: "2.9.6", apt: "fails", root: true }, /run "apt-get update && apt-get install -y mesa/],
+  ];
+  for (const [name, machine, message] of cases) {
+    await t.step(name, () =>
+      onMachine(machine, async (setup) => {
+        const { code, err, calls } = await setup();
+        assertEquals(code, 1);
+        assertMatch(err, /^Cannot set up: [^\n]+\n$/);
+        assertMatch(err, message);
+        assertEquals(calls.includes("deno install"), false);
+      }));
+  }
+});
+
+Deno.test("setup.sh takes a newer Deno as it is", () =>
+  onMachine({ deno: "3.0.0", adapter: true }, async (setup) => assertEquals((await setup()).code, 0)));
