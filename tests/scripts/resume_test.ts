@@ -173,7 +173,7 @@ Deno.test(
 );
 
 Deno.test(
-  "so does a run of all weights with 32-bit AdamW, accumulation and block checkpointing",
+  "a run of all weights that is killed twice ends with the same bits: 32-bit AdamW, accumulation, block checkpointing",
   { ignore: NO_GPU },
   () =>
     inFolder(async (dir) => {
