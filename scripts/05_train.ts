@@ -86,11 +86,6 @@ const tokens = Math.max(mostTokens(train, opt.batchSize), ...evaluation.batches.
 // 2. The model on the GPU, its memory as a table.
 const began = performance.now();
 const adapter = mode === "full" ? undefined : readAdapter(opt.adapter, config);
-if (adapter && adapter.lora.lora_dropout > 0) {
-  throw new RangeError(
-    `Cannot train "${opt.adapter}": its lora_dropout is ${adapter.lora.lora_dropout}: only 0 is known`,
-  );
-}
 const trainer = await Trainer.open({ ...opt, adapter, tokens, train: mode === "full" ? "full" : "lora", hyper: opt });
 const { gpu } = trainer.llama;
 const trainable = trainer.trainable, memory = trainer.memory();

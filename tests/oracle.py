@@ -15,12 +15,19 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 heard, listener = [], logging.Handler(logging.WARNING)  # what the libraries complain of
 listener.emit = lambda record: heard.append(record.getMessage())
-read = lambda path: json.loads(path.read_text())
+logging.captureWarnings(True)
+for library in ("py.warnings", "transformers", "peft", "trl"):
+    logging.getLogger(library).addHandler(listener)
+transformers.utils.logging.disable_progress_bar(), datasets.disable_progress_bars()
 
 
 def check(subject, what, measured, bound, of=""):
     measured = float(measured) if math.isfinite(measured) else None
     print(json.dumps({"subject": subject, "check": what, "measured": measured, "bound": bound, "of": of}), flush=True)
+
+
+def read(path):
+    return json.loads(path.read_text())
 
 
 def off(ours, theirs):
@@ -39,35 +46,32 @@ def logits(model, ids):
 
 
 def dequantize(tensors, name):
-    """The weight by bitsandbytes' formula (functional.py, dequantize_4bit), and what its loader would refuse."""
+    """Makes one of the tensors of a 4-bit weight, by bitsandbytes' formula; tells what its loader would not take."""
     part = {key.removeprefix(name): tensors.pop(key) for key in [*tensors] if key.startswith(name)}
     text = bytes(part.pop(".quant_state.bitsandbytes__nf4").tolist()).decode()
     state, blocks = json.loads(text), part[""].numel() // 32
-    shapes = {"": [32 * blocks, 1], ".absmax": [blocks], ".quant_map": [16], ".nested_quant_map": [256]}
-    shapes[".nested_absmax"] = [math.ceil(blocks / 256)]
-    fits = {key: list(tensor.shape) for key, tensor in part.items()} == shapes and json.dumps(state) == text
-    fits = fits and {key for key, tensor in part.items() if tensor.dtype == torch.uint8} == {"", ".absmax"}
-    order = ["quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset"]
-    fits = fits and list(state) == order and (state["quant_type"], state["nested_dtype"]) == ("nf4", "float32")
-    nested = part[".nested_absmax"].repeat_interleave(state["nested_blocksize"])[:blocks]
-    scales = part[".nested_quant_map"][part[".absmax"].int()] * nested + state["nested_offset"]
+    form = {"": ["uint8", 32 * blocks, 1], ".absmax": ["uint8", blocks], ".nested_absmax": ["float32", -(-blocks // 256)]}
+    form |= {".quant_map": ["float32", 16], ".nested_quant_map": ["float32", 256]}
+    fits = {key: [str(tensor.dtype)[6:], *tensor.shape] for key, tensor in part.items()} == form
+    nested = {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": state["nested_offset"]}
+    plain = {"quant_type": "nf4", "blocksize": 64, "dtype": state["dtype"], "shape": state["shape"]}
+    scales = part[".nested_quant_map"][part[".absmax"].int()] * part[".nested_absmax"].repeat_interleave(256)[:blocks]
     codes = torch.stack([part[""] >> 4, part[""] & 15], 1).flatten().int()
-    weight = part[".quant_map"][codes] * scales.repeat_interleave(state["blocksize"])
-    return weight.view(state["shape"]).to(getattr(torch, state["dtype"])), [] if fits else [f"{name} {text}"]
+    weight = part[".quant_map"][codes] * (scales + state["nested_offset"]).repeat_interleave(64)
+    tensors[name] = weight.view(state["shape"]).to(getattr(torch, state["dtype"]))
+    return [] if fits and text == json.dumps(plain | nested) else [f"{name} {text}"]
 
 
 def open_model(work, key):
-    """The model of a folder, dense where it is in 4 bit, with the adapter of the folder behind a plus sign; and complaints."""
+    """The model of a folder, dense where it is in 4 bit, with the adapter of the folder behind the plus sign; and complaints."""
     base, _, adapter = key.partition("+")
     heard.clear()
     if base == "02_qlora":
-        tensors, wrong, config = load_file(work / base / "model.safetensors"), [], LlamaConfig.from_pretrained(work / base)
-        if config.quantization_config["quant_method"] != "bitsandbytes":
-            wrong.append(config.quantization_config)
+        tensors, config = load_file(work / base / "model.safetensors"), LlamaConfig.from_pretrained(work / base)
+        about = config.quantization_config
+        wrong = [] if (about["quant_method"], about["bnb_4bit_quant_type"]) == ("bitsandbytes", "nf4") else [about]
+        wrong += sum([dequantize(tensors, name) for name in [*tensors] if name.endswith("_proj.weight")], [])
         del config.quantization_config
-        for name in [key for key in tensors if key.endswith("_proj.weight")]:
-            weight, refused = dequantize(tensors, name)
-            tensors[name], wrong = weight, wrong + refused
         model = LlamaForCausalLM(config)
         wrong += [key for keys in model.load_state_dict(tensors, strict=False) for key in keys if key != "lm_head.weight"]
     else:
@@ -89,8 +93,6 @@ class Adam8bit(torch.optim.Optimizer):
 
     def coded(self, moment, table):
         """What its codes keep of a moment: the nearest entry, of two the one with the even code, never of another sign."""
-        if moment.numel() < 4096:
-            return moment
         blocks = torch.nn.functional.pad(moment.flatten(), (0, -moment.numel() % 256)).view(-1, 256)
         top, middles = blocks.abs().amax(1, keepdim=True), (table[1:] + table[:-1]) * 0.5
         x = (blocks / top).nan_to_num(0)
@@ -107,15 +109,16 @@ class Adam8bit(torch.optim.Optimizer):
             c1, c2 = 1 - b1.item() ** (t + 1), math.sqrt(1 - b2.item() ** (t + 1))
             p -= lr * c2 / c1 * (m / (v.sqrt() + c2 * group["eps"]))
             p *= 1 - lr * group["weight_decay"]
-            self.state[p]["moments"] = t + 1, self.coded(m, self.table(True)), self.coded(v, self.table(False))
+            kept = (m, v) if p.numel() < 4096 else (self.coded(m, self.table(True)), self.coded(v, self.table(False)))
+            self.state[p]["moments"] = t + 1, *kept
 
 
 def batches_of(rows, size, order):
     """Rows side by side, `size` at a time, as TRL's collator lays them; without a cache transformers isolates documents."""
     for which in (order[i : i + size] for i in range(0, len(order), size)):
         cuts = [slice(*rows["row_offsets"][r : r + 2].tolist()) for r in which]
-        keys = ("input_ids", "position_ids", "labels")
-        yield {key: torch.cat([rows[key][cut] for cut in cuts])[None].long() for key in keys} | {"use_cache": False}
+        batch = {key: torch.cat([rows[key][cut] for cut in cuts])[None].long() for key in rows if key != "row_offsets"}
+        yield len(which), batch | {"use_cache": False}
 
 
 def replay(work, name, model):
@@ -130,68 +133,63 @@ def replay(work, name, model):
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(flags["warmupRatio"] * total), total)
     for line in map(json.loads, log):
         if "eval_loss" in line:
-            every = list(range(len(held["row_offsets"]) - 1))
-            with torch.no_grad():
-                means = [model(**batch).loss.item() for batch in batches_of(held, size, every)]
-            weighted = sum(mean * len(every[i * size :][:size]) for i, mean in enumerate(means)) / len(every)
-            yield [{"eval_loss": line["eval_loss"]}, {"eval_loss": weighted}]
+            every = range(len(held["row_offsets"]) - 1)
+            with torch.no_grad():  # means of batches, weighted by their rows
+                means = [n * model(**batch).loss.item() for n, batch in batches_of(held, size, every)]
+            yield line, {"eval_loss": sum(means) / len(every)}
             continue
         if not order:  # of the epoch that begins
             generator = torch.Generator().manual_seed(flags["seed"] + int(line["epoch"]))
             order = torch.randperm(len(train["row_offsets"]) - 1, generator=generator).tolist()
-        rows, cut = sum(line["rows"], []), size * flags["gradientAccumulation"]
-        batches = list(batches_of(train, size, rows))
-        theirs = {"step": line["step"], "rows": order[:cut], "learning_rate": optimizer.param_groups[0]["lr"]}
-        theirs["tokens"] = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-        losses = [model(**batch, num_items_in_batch=theirs["tokens"]).loss for batch in batches]
-        sum(losses).backward()
-        theirs |= {"loss": sum(losses).item(), "grad_norm": torch.nn.utils.clip_grad_norm_(learn, flags["maxGradNorm"]).item()}
+        rows, cut, rate = sum(line["rows"], []), size * flags["gradientAccumulation"], optimizer.param_groups[0]["lr"]
+        batches = [batch for _, batch in batches_of(train, size, rows)]
+        tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        loss = sum(model(**batch, num_items_in_batch=tokens).loss for batch in batches)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(learn, flags["maxGradNorm"]).item()
+        theirs = {"loss": loss.item(), "grad_norm": norm, "learning_rate": rate, "tokens": tokens, "rows": order[:cut]}
+        yield {**line, "rows": rows}, theirs
         for group in optimizer.param_groups:
             group["lr"] = line["learning_rate"]
         optimizer.step(), schedule.step(), optimizer.zero_grad()
         order = order[cut:]
-        yield [{**line, "rows": rows}, theirs]
-    adapter, trained = work / name / "adapter/adapter_model.safetensors", model.state_dict()
-    saved = load_file(adapter if adapter.exists() else work / name / "model/model.safetensors")
-    trained = get_peft_model_state_dict(model) if adapter.exists() else trained
+    trained = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else model.state_dict()
+    saved = load_file(next((work / name).glob("[am]*/*model.safetensors")))
     apart = torch.cat([(trained[key] - tensor).abs().flatten() for key, tensor in saved.items()])
-    yield [{"mean": apart.mean().item(), "largest": apart.max().item(), "values": len(apart)}, {}]
-
-
-def judge_dataset(work, split, told):
-    tokenizer, template = AutoTokenizer.from_pretrained(work / "01_convert"), read(work / "03_dataset/template.json")["template"]
-    texts = tokenizer.apply_chat_template(told["messages"][split], chat_template=template, tokenize=False)
-    ids = tokenizer([text + tokenizer.eos_token for text in texts])["input_ids"]
-    packed = list(pack_dataset(datasets.Dataset.from_dict({"input_ids": ids}), told["max_seq_length"], "bfd"))
-    theirs = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(packed)
-    ends = torch.tensor([0] + [len(row["input_ids"]) for row in packed]).cumsum(0)
-    theirs = {key: tensor[0].int() for key, tensor in theirs.items()} | {"row_offsets": ends}
-    wrong = differ(load_file(work / f"03_dataset/{split}.safetensors"), theirs)
-    check("03_dataset", f"{split} from texts alone", len(wrong), 0, f"{len(ids)} texts, {sum(map(len, ids)):,} tokens")
+    yield {"mean": apart.mean().item(), "largest": apart.max().item(), "values": len(apart)}, {}
 
 
 def judge_answers(model, told):
+    """Greedy ids; where two tokens are within 1e-4 of each other, rounding may choose, and the rest of the answer is another."""
     wrong, ties = 0, 0
     for ids, answer in zip(told["prompts"], told["answers"]):
         options = {"max_new_tokens": told["max_new_tokens"], "repetition_penalty": told["penalty"], "do_sample": False}
         out = model.generate(torch.tensor([ids]), **options, output_scores=True, return_dict_in_generate=True)
         pairs = enumerate(zip_longest(answer, out.sequences[0, len(ids) :].tolist()))
-        at = next((i for i, (a, b) in pairs if a != b), None)
-        if at is not None:
+        if (at := next((i for i, (a, b) in pairs if a != b), None)) is not None:
             first, second = out.scores[min(at, len(out.scores) - 1)][0].topk(2).values
             wrong, ties = (wrong, ties + 1) if first - second < 1e-4 else (wrong + 1, ties)
-    of = f"{len(told['answers'])} answers, {sum(map(len, told['answers']))} tokens" + f", {ties} left at a tie" * (ties > 0)
+    of = f"{len(told['answers'])} answers, {sum(map(len, told['answers']))} tokens" + f", {ties} end in a tie" * (ties > 0)
     check(told["subject"], f"greedy ids, repetition penalty {told['penalty']}", wrong, 0, of)
 
 
 def judge(work):
-    told, ours = read(work / "told.json"), load_file(work / "logits.safetensors")
-    for split in told["messages"]:
-        judge_dataset(work, split, told)
+    told, ours, seen = read(work / "told.json"), load_file(work / "logits.safetensors"), {}
     for key in told["models"]:
         model, complaints = open_model(work, key)
+        seen[key] = logits(model, told["ids"])
         check(key, "opens: " + ("; ".join(map(str, complaints)) or "no warning, every key fits"), len(complaints), 0)
-        check(key, "logits", off(ours[key], logits(model, told["ids"])), 1e-5, "x".join(map(str, ours[key].shape)))
+        check(key, "logits", off(ours[key], seen[key]), 1e-5, " x ".join(map(str, seen[key].shape)))
+    tokenizer, template = AutoTokenizer.from_pretrained(work / "01_convert"), read(work / "03_dataset/template.json")["template"]
+    for split, messages in told["messages"].items():
+        texts = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        ids = tokenizer([text + tokenizer.eos_token for text in texts])["input_ids"]
+        packed = list(pack_dataset(datasets.Dataset.from_dict({"input_ids": ids}), told["max_seq_length"], "bfd"))
+        theirs = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(packed)
+        theirs = {key: tensor[0].int() for key, tensor in theirs.items()}
+        theirs["row_offsets"] = torch.tensor([0] + [len(row["input_ids"]) for row in packed]).cumsum(0)
+        wrong = differ(load_file(work / f"03_dataset/{split}.safetensors"), theirs)
+        check("03_dataset", f"{split} rows from the texts", len(wrong), 0, f"{len(ids)} texts, {sum(map(len, ids)):,} tokens")
     numbers, (base, _) = read(work / "01_convert/manifest.json")["numbers"], open_model(work, "01_convert")
     low, high = (x.item() for x in logits(base, numbers["input_ids"]).aminmax())
     apart = max(abs(low - numbers["logits_min"]), abs(high - numbers["logits_max"]))
@@ -199,12 +197,12 @@ def judge(work):
     transformers.set_seed(read(work / "04_lora/manifest.json")["flags"]["seed"])
     fresh = get_peft_model_state_dict(get_peft_model(base, LoraConfig.from_pretrained(work / "04_lora")))
     wrong = differ(load_file(work / "04_lora/adapter_model.safetensors"), fresh)
-    check("04_lora", "PEFT's own from the seed, bit for bit", len(wrong), 0, f"{len(fresh)} tensors")
-    name = "07_merge/merged_model"
-    merged, adapted = (open_model(work, key)[0] for key in (name, "01_convert+07_merge/lora_adapters"))
-    check(name, "logits of base with adapter", off(logits(merged, told["ids"]), logits(adapted, told["ids"])), 1e-5)
-    theirs = adapted.merge_and_unload().state_dict()
-    check(name, "weights of merge_and_unload", max(off(t, theirs[key]) for key, t in merged.state_dict().items()), 1e-6)
+    check("04_lora", "PEFT's adapter of that seed, bit for bit", len(wrong), 0, f"{len(fresh)} tensors")
+    merged, adapted = "07_merge/merged_model", "01_convert+07_merge/lora_adapters"
+    check(merged, "logits of base with adapter", off(seen[merged], seen[adapted]), 1e-5)
+    theirs = open_model(work, adapted)[0].merge_and_unload().state_dict()
+    apart = max(off(tensor, theirs[key]) for key, tensor in open_model(work, merged)[0].state_dict().items())
+    check(merged, "weights of merge_and_unload", apart, 1e-6)
     for group in told["answers"]:
         judge_answers(open_model(work, group["model"])[0], group)
     for name, key in told["runs"].items():
@@ -212,9 +210,4 @@ def judge(work):
             print(json.dumps({"run": name, "ours": ours, "theirs": theirs}), flush=True)
 
 
-logging.captureWarnings(True)
-for name in ("py.warnings", "transformers", "peft"):
-    logging.getLogger(name).addHandler(listener)
-transformers.utils.logging.disable_progress_bar()
-datasets.disable_progress_bars()
 judge(Path(sys.argv[1]))

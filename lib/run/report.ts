@@ -154,7 +154,7 @@ export function barChart(
       x: { field: "value", type: "quantitative", title: chart.x, axis: { tickCount: 8 } },
     },
     layer: [
-      { mark: { type: "bar", cornerRadiusEnd: 2, color: COLOURS[0]! } },
+      { mark: { type: "bar", color: COLOURS[0]! } },
       {
         mark: { type: "text", align: "left", dx: 5, color: "currentColor", fontSize: 12 },
         encoding: { text: { field: "label", type: "nominal" } },

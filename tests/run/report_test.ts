@@ -38,6 +38,7 @@ Deno.test("lineChart() with logY gives equal factors equal heights and small num
 Deno.test("barChart() draws bars as long as their values, in the order given, with names and values", async () => {
   const bars = [{ name: "zero-shot base", value: 34.2 }, { name: "a tuned & merged model", value: 8.55 }];
   const svg = await barChart({ title: "Perplexity", x: "perplexity", y: "", bars });
+  assertNotMatch(svg, /url\(/, "an id of one chart would be taken for the same id of another on the page");
   const [long, short] = paths(marks(svg, "rect")[0]!).map((d) => Math.max(...numbers(d)));
   assert(Math.abs(long! / short! - 4) < 0.05, `${long} and ${short}`);
   const texts = [...svg.matchAll(/>([^<>]+)<\/text>/g)].map(([, label]) => label);
