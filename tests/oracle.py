@@ -1,9 +1,8 @@
 """
-Lets transformers, PEFT, TRL and PyTorch judge the artifacts in a folder, on the CPU in float32: it opens what the stages wrote,
+Lets transformers, PEFT, TRL and PyTorch judge the artifacts in a folder, on the CPU in float32: opens what the stages wrote,
 computes the same things again and prints one JSON object a line. oracle.ts prepares the folder and shows what comes out.
 """
 import json, logging, math, sys
-from itertools import zip_longest
 from pathlib import Path
 
 import datasets, torch, transformers
@@ -19,15 +18,13 @@ logging.captureWarnings(True)
 for library in ("py.warnings", "transformers", "peft", "trl"):
     logging.getLogger(library).addHandler(listener)
 transformers.utils.logging.disable_progress_bar(), datasets.disable_progress_bars()
+read = lambda path: json.loads(path.read_text())
+say = lambda **line: print(json.dumps(line), flush=True)
+logits = torch.no_grad()(lambda model, ids: model(input_ids=torch.tensor([ids])).logits[0])
 
 
 def check(subject, what, measured, bound, of=""):
-    measured = float(measured) if math.isfinite(measured) else None
-    print(json.dumps({"subject": subject, "check": what, "measured": measured, "bound": bound, "of": of}), flush=True)
-
-
-def read(path):
-    return json.loads(path.read_text())
+    say(subject=subject, check=what, measured=float(measured) if math.isfinite(measured) else None, bound=bound, of=of)
 
 
 def off(ours, theirs):
@@ -38,11 +35,6 @@ def off(ours, theirs):
 def differ(ours, theirs):
     """Names of the tensors that are not the same in both."""
     return [key for key in {**ours, **theirs} if key not in ours or key not in theirs or not ours[key].equal(theirs[key])]
-
-
-@torch.no_grad()
-def logits(model, ids):
-    return model(input_ids=torch.tensor([ids])).logits[0]
 
 
 def dequantize(tensors, name):
@@ -63,7 +55,7 @@ def dequantize(tensors, name):
 
 
 def open_model(work, key):
-    """The model of a folder, dense where it is in 4 bit, with the adapter of the folder behind the plus sign; and complaints."""
+    """The model of a folder, dense where it is in 4 bit, with the adapter of the folder after the plus sign; complaints."""
     base, _, adapter = key.partition("+")
     heard.clear()
     if base == "02_qlora":
@@ -125,18 +117,17 @@ def replay(work, name, model):
     """A training run again: rows and learning rates from its log, all else computed here. Gives pairs, ours first."""
     flags, log = read(work / name / "manifest.json")["flags"], (work / name / "log.jsonl").read_text().splitlines()
     train, held = (load_file(work / f"03_dataset/{split}.safetensors") for split in ("train", "validation"))
-    size, total, order = flags["batchSize"], flags["maxSteps"], []
+    size, order = flags["batchSize"], []
     learn = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in learn if p.ndim == d], "weight_decay": flags["weightDecay"] * (d > 1)} for d in (1, 2)]
     options = {"lr": flags["learningRate"], "betas": (flags["beta1"], flags["beta2"]), "eps": flags["eps"]}
     optimizer = torch.optim.AdamW(groups, **options) if flags["optimizer"] == "adamw" else Adam8bit(groups, options)
-    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(flags["warmupRatio"] * total), total)
+    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(flags["warmupRatio"] * flags["maxSteps"]), flags["maxSteps"])
     for line in map(json.loads, log):
         if "eval_loss" in line:
             every = range(len(held["row_offsets"]) - 1)
-            with torch.no_grad():  # means of batches, weighted by their rows
-                means = [n * model(**batch).loss.item() for n, batch in batches_of(held, size, every)]
-            yield line, {"eval_loss": sum(means) / len(every)}
+            total = sum(n * model(**batch).loss.item() for n, batch in batches_of(held, size, every))
+            yield line, {"eval_loss": total / len(every)}  # means of batches, weighted by their rows
             continue
         if not order:  # of the epoch that begins
             generator = torch.Generator().manual_seed(flags["seed"] + int(line["epoch"]))
@@ -159,18 +150,13 @@ def replay(work, name, model):
     yield {"mean": apart.mean().item(), "largest": apart.max().item(), "values": len(apart)}, {}
 
 
-def judge_answers(model, told):
-    """Greedy ids; where two tokens are within 1e-4 of each other, rounding may choose, and the rest of the answer is another."""
-    wrong, ties = 0, 0
-    for ids, answer in zip(told["prompts"], told["answers"]):
+def answers(model, told):
+    """Greedy ids for each prompt, and at each of them how far the likeliest token is above the next."""
+    for prompt in told["prompts"]:
         options = {"max_new_tokens": told["max_new_tokens"], "repetition_penalty": told["penalty"], "do_sample": False}
-        out = model.generate(torch.tensor([ids]), **options, output_scores=True, return_dict_in_generate=True)
-        pairs = enumerate(zip_longest(answer, out.sequences[0, len(ids) :].tolist()))
-        if (at := next((i for i, (a, b) in pairs if a != b), None)) is not None:
-            first, second = out.scores[min(at, len(out.scores) - 1)][0].topk(2).values
-            wrong, ties = (wrong, ties + 1) if first - second < 1e-4 else (wrong + 1, ties)
-    of = f"{len(told['answers'])} answers, {sum(map(len, told['answers']))} tokens" + f", {ties} end in a tie" * (ties > 0)
-    check(told["subject"], f"greedy ids, repetition penalty {told['penalty']}", wrong, 0, of)
+        out = model.generate(torch.tensor([prompt]), **options, output_scores=True, return_dict_in_generate=True)
+        margins = [-scores[0].topk(2).values.diff().item() for scores in out.scores]
+        yield {"ids": out.sequences[0, len(prompt) :].tolist(), "margins": margins}
 
 
 def judge(work):
@@ -180,19 +166,19 @@ def judge(work):
         seen[key] = logits(model, told["ids"])
         check(key, "opens: " + ("; ".join(map(str, complaints)) or "no warning, every key fits"), len(complaints), 0)
         check(key, "logits", off(ours[key], seen[key]), 1e-5, " x ".join(map(str, seen[key].shape)))
-    tokenizer, template = AutoTokenizer.from_pretrained(work / "01_convert"), read(work / "03_dataset/template.json")["template"]
+    tokenizer, chat = AutoTokenizer.from_pretrained(work / "01_convert"), read(work / "03_dataset/template.json")["template"]
     for split, messages in told["messages"].items():
-        texts = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        texts = tokenizer.apply_chat_template(messages, chat_template=chat, tokenize=False)
         ids = tokenizer([text + tokenizer.eos_token for text in texts])["input_ids"]
         packed = list(pack_dataset(datasets.Dataset.from_dict({"input_ids": ids}), told["max_seq_length"], "bfd"))
         theirs = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(packed)
-        theirs = {key: tensor[0].int() for key, tensor in theirs.items()}
-        theirs["row_offsets"] = torch.tensor([0] + [len(row["input_ids"]) for row in packed]).cumsum(0)
-        wrong = differ(load_file(work / f"03_dataset/{split}.safetensors"), theirs)
-        check("03_dataset", f"{split} rows from the texts", len(wrong), 0, f"{len(ids)} texts, {sum(map(len, ids)):,} tokens")
+        ends = torch.tensor([0] + [len(row["input_ids"]) for row in packed]).cumsum(0)
+        theirs = {key: tensor[0].int() for key, tensor in theirs.items()} | {"row_offsets": ends}
+        wrong, of = differ(load_file(work / f"03_dataset/{split}.safetensors"), theirs), f"{sum(map(len, ids)):,} tokens"
+        check("03_dataset", f"{split} rows from the texts", len(wrong), 0, f"{len(ids)} texts, {of}")
     numbers, (base, _) = read(work / "01_convert/manifest.json")["numbers"], open_model(work, "01_convert")
-    low, high = (x.item() for x in logits(base, numbers["input_ids"]).aminmax())
-    apart = max(abs(low - numbers["logits_min"]), abs(high - numbers["logits_max"]))
+    edges = torch.tensor([numbers["logits_min"], numbers["logits_max"]])
+    apart = (torch.stack(logits(base, numbers["input_ids"]).aminmax()) - edges).abs().max()
     check("01_convert", "logits_min, logits_max of its manifest", apart, 1e-4, f"{len(numbers['input_ids'])} tokens")
     transformers.set_seed(read(work / "04_lora/manifest.json")["flags"]["seed"])
     fresh = get_peft_model_state_dict(get_peft_model(base, LoraConfig.from_pretrained(work / "04_lora")))
@@ -200,14 +186,14 @@ def judge(work):
     check("04_lora", "PEFT's adapter of that seed, bit for bit", len(wrong), 0, f"{len(fresh)} tensors")
     merged, adapted = "07_merge/merged_model", "01_convert+07_merge/lora_adapters"
     check(merged, "logits of base with adapter", off(seen[merged], seen[adapted]), 1e-5)
-    theirs = open_model(work, adapted)[0].merge_and_unload().state_dict()
-    apart = max(off(tensor, theirs[key]) for key, tensor in open_model(work, merged)[0].state_dict().items())
-    check(merged, "weights of merge_and_unload", apart, 1e-6)
+    theirs, (model, _) = open_model(work, adapted)[0].merge_and_unload().state_dict(), open_model(work, merged)
+    apart = max(off(tensor, theirs[key]) for key, tensor in model.state_dict().items())
+    check(merged, "weights of merge_and_unload", apart, 1e-6, f"{len(theirs)} tensors")
     for group in told["answers"]:
-        judge_answers(open_model(work, group["model"])[0], group)
+        say(asked=group, theirs=list(answers(open_model(work, group["model"])[0], group)))
     for name, key in told["runs"].items():
         for ours, theirs in replay(work, name, open_model(work, key)[0]):
-            print(json.dumps({"run": name, "ours": ours, "theirs": theirs}), flush=True)
+            say(run=name, ours=ours, theirs=theirs)
 
 
 judge(Path(sys.argv[1]))

@@ -32,6 +32,21 @@ interface Check {
   readonly of?: string;
 }
 
+/** What our generator wrote, and what `generate` does with, at each token, the lead of the likeliest over the next. */
+interface Answers {
+  readonly asked: Asked;
+  readonly theirs: readonly { readonly ids: readonly number[]; readonly margins: readonly number[] }[];
+}
+
+interface Asked {
+  readonly subject: string;
+  readonly model: string;
+  readonly penalty: number;
+  readonly max_new_tokens: number;
+  readonly prompts: readonly (readonly number[])[];
+  readonly answers: readonly (readonly number[])[];
+}
+
 /** A line of a run's log and what PyTorch makes of it. */
 interface Pair {
   readonly run: string;
@@ -52,10 +67,12 @@ if (opt.python === unset) {
       `"python3 -m venv hf && hf/bin/pip install ${PINNED}" and pass --python hf/bin/python`,
   );
 }
-const versions = [`import importlib.metadata as m`, `print(*map(m.version, ${JSON.stringify(LIBRARIES)}))`].join("\n");
-let versionLine = "";
-await python(["-c", versions], (line) => versionLine = line);
-console.log(table([LIBRARIES, versionLine.split(" ")], { header: true, align: "l".repeat(LIBRARIES.length) }), "\n");
+const versions: string[] = [];
+await python(
+  ["-c", `import importlib.metadata as m; [print(m.version(name)) for name in ${JSON.stringify(LIBRARIES)}]`],
+  (line) => versions.push(line),
+);
+console.log(table([LIBRARIES, versions], { header: true, align: "l".repeat(LIBRARIES.length) }) + "\n");
 
 // 2. The stages, each into its own folder.
 if (opt.work !== unset) await Deno.mkdir(opt.work, { recursive: true });
@@ -130,12 +147,14 @@ await writeJson(at("told.json"), {
 const checks: Check[] = [], pairs: Pair[] = [];
 await timed("oracle.py", () =>
   python([new URL("oracle.py", import.meta.url).pathname, work], (line) => {
-    const said = JSON.parse(line) as Check | Pair;
+    const said = JSON.parse(line) as Check | Answers | Pair;
     if ("run" in said) pairs.push(said);
+    else if ("asked" in said) judgeAnswers(said);
     else checks.push(said);
   }));
 for (const run of new Set(pairs.map(({ run }) => run))) judgeRun(run, pairs.filter((pair) => pair.run === run));
 
+checks.sort((a, b) => a.subject < b.subject ? -1 : a.subject > b.subject ? 1 : 0);
 const passed = ({ measured, bound }: Check) => bound === null || (measured !== null && measured <= bound);
 const failed = checks.filter((check) => !passed(check));
 console.log(
@@ -203,8 +222,30 @@ function judgeRun(run: string, all: readonly Pair[]): void {
   add("final parameters, largest", number(largest), is8 ? null : 1e-4, parameters);
 }
 
+/** Greedy ids must be the same; where two tokens are within 1e-4 of each other rounding may choose, and the answer ends there. */
+function judgeAnswers({ asked, theirs }: Answers): void {
+  let wrong = 0, ties = 0, tokens = 0;
+  asked.answers.forEach((ours, i) => {
+    const { ids, margins } = theirs[i]!;
+    const first = Array.from({ length: Math.max(ours.length, ids.length) }, (_, t) => t).find((t) =>
+      ours[t] !== ids[t]
+    );
+    tokens += first ?? ours.length;
+    if (first === undefined) return;
+    if ((margins[first] ?? Infinity) < 1e-4) ties++;
+    else wrong++;
+  });
+  checks.push({
+    subject: asked.subject,
+    check: `greedy ids, repetition penalty ${asked.penalty}`,
+    measured: wrong,
+    bound: 0,
+    of: `${asked.answers.length} answers, ${tokens} tokens, ${ties} near-ties`,
+  });
+}
+
 /** What our generator writes after the first questions of the test split. */
-async function answersOf(model: string, penalty: number) {
+async function answersOf(model: string, penalty: number): Promise<Asked> {
   const prompts = records("test").slice(0, 5).map(({ question }) => tokenizer.encode(template.renderPrompt(question)));
   const how = { greedy: true, repetitionPenalty: penalty, maxNewTokens: TOKENS };
   const answers = (await generateAll({ model: at(model), ...how }, prompts)).map(({ ids }) => ids);
@@ -212,13 +253,14 @@ async function answersOf(model: string, penalty: number) {
 }
 
 /** What stage 06 wrote, base and tuned. */
-function evaluated() {
-  type Asked = { prompt: string; base: { ids: number[] }; tuned: { ids: number[] } };
+function evaluated(): Asked[] {
+  type Written = { readonly prompt: string; readonly ids: readonly number[] };
+  type Question = { readonly prompt: string } & Record<"base" | "tuned", { readonly ids: readonly number[] }>;
   const { questions, samples } = JSON.parse(Deno.readTextFileSync(at("06_evaluate/evaluation.json"))) as {
-    questions: Asked[];
-    samples: { prompt: string; ids: number[] }[];
+    questions: Question[];
+    samples: Written[];
   };
-  const group = (model: string, asked: readonly { prompt: string; ids: number[] }[]) => ({
+  const group = (model: string, asked: readonly Written[]): Asked => ({
     subject: "06_evaluate",
     model,
     penalty: greedy.repetitionPenalty,
@@ -259,7 +301,13 @@ async function timed(name: string, work: () => Promise<void>): Promise<void> {
 
 /** Runs Python with these arguments; every line that it prints goes to `onLine`. */
 async function python(args: readonly string[], onLine: (line: string) => void): Promise<void> {
-  const env = { HF_HUB_OFFLINE: "1", TOKENIZERS_PARALLELISM: "false", PYTHONDONTWRITEBYTECODE: "1" };
+  // One thread: the models are small, and the sums are the same on every machine.
+  const env = {
+    HF_HUB_OFFLINE: "1",
+    TOKENIZERS_PARALLELISM: "false",
+    OMP_NUM_THREADS: "1",
+    PYTHONDONTWRITEBYTECODE: "1",
+  };
   let child: Deno.ChildProcess;
   try {
     child = new Deno.Command(opt.python, { args: [...args], env, stdout: "piped" }).spawn();
