@@ -117,12 +117,12 @@ def replay(work, name, model):
     """A training run again: rows and learning rates from its log, all else computed here. Gives pairs, ours first."""
     flags, log = read(work / name / "manifest.json")["flags"], (work / name / "log.jsonl").read_text().splitlines()
     train, held = (load_file(work / f"03_dataset/{split}.safetensors") for split in ("train", "validation"))
-    size, order = flags["batchSize"], []
+    size, order, steps = flags["batchSize"], [], flags["maxSteps"]
     learn = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in learn if p.ndim == d], "weight_decay": flags["weightDecay"] * (d > 1)} for d in (1, 2)]
     options = {"lr": flags["learningRate"], "betas": (flags["beta1"], flags["beta2"]), "eps": flags["eps"]}
     optimizer = torch.optim.AdamW(groups, **options) if flags["optimizer"] == "adamw" else Adam8bit(groups, options)
-    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(flags["warmupRatio"] * flags["maxSteps"]), flags["maxSteps"])
+    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(flags["warmupRatio"] * steps), steps)
     for line in map(json.loads, log):
         if "eval_loss" in line:
             every = range(len(held["row_offsets"]) - 1)

@@ -110,7 +110,7 @@ export class Trainer {
     return timings;
   }
 
-  /** The programs of an update; what each reads is uploaded when it is asked for. */
+  /** The programs of an update, one per micro-batch; what each reads is uploaded when it is asked for. */
   *#programs(
     batches: readonly MicroBatch[],
     { step, learningRate }: { step: number; learningRate: number },
@@ -118,12 +118,13 @@ export class Trainer {
     if (this.#pending.length === RING) throw new Error("Cannot update: losses of earlier updates must be read first");
     const tokens = labelledTokens(batches), slot = this.#pending.length;
     if (tokens === 0) throw new Error(`Cannot learn from update ${step}: none of its tokens has a label`);
-    yield this.llama.clearing;
-    for (const [i, batch] of batches.entries()) {
-      yield this.llama.accumulation(batch, { items: tokens, slot, draw: hash32(this.#hyper.seed ?? 0, step, i) });
-    }
     this.optimizer.prepare({ ...this.#hyper, learningRate, step, slot });
-    yield this.optimizer.commands;
+    for (const [i, batch] of batches.entries()) {
+      const draw = hash32(this.#hyper.seed ?? 0, step, i);
+      const commands = this.llama.accumulation(batch, { items: tokens, slot, draw });
+      const before = i === 0 ? this.llama.clearing : [], last = i === batches.length - 1;
+      yield [...before, ...commands, ...(last ? this.optimizer.commands : [])];
+    }
     this.#pending.push({ step, tokens });
   }
 
