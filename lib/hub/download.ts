@@ -30,6 +30,7 @@ export interface FileProgress {
   readonly total: number;
 }
 
+/** What of a repository is fetched, and into which folder. */
 export interface FetchOptions extends HubAccess {
   /** What "hf:owner/name" means without "datasets/" before it; "model" when left out. */
   readonly type?: "model" | "dataset";

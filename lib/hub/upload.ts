@@ -47,6 +47,7 @@ export interface UploadResult {
   readonly others: readonly string[];
 }
 
+/** What is uploaded, where to, and what the commit is called. */
 export interface UploadOptions {
   /** `owner/name`. */
   readonly repo: string;
