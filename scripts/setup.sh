@@ -27,27 +27,21 @@ as_root() {
   fi
 }
 
-# Newer npm runs a package's install script only where it is allowed; Deno's puts the program in its place.
+# Runs npm, or what is to run it, quietly. Newer npm runs a package's install script only where it is allowed; Deno's
+# puts the program in its place.
 npm_install() {
-  npm install -g --no-fund --no-audit --ignore-scripts=false --allow-scripts=deno "$@" "deno@$deno_version" >/dev/null
+  "$@" install -g --no-fund --no-audit --ignore-scripts=false --allow-scripts=deno "deno@$deno_version" >/dev/null 2>&1 ||
+    fail "npm could not install Deno: run \"$* install -g deno@$deno_version\" to see why"
 }
 
-# A prefix of the user's own whose bin folder is on PATH already, so that the next command finds what is put there.
-own_prefix() {
-  old_ifs=$IFS
-  IFS=:
-  for dir in $caller_path; do
-    case $dir in
-      "$HOME"/*/bin | "$HOME"/bin) [ ! -w "$dir" ] || { printf '%s' "${dir%/bin}"; IFS=$old_ifs; return; } ;;
-    esac
-  done
-  IFS=$old_ifs
-  printf '%s' "$HOME/.local"
-}
-
-# 1. Deno, where the next command finds it: npm's global folder, or else a folder of the user's own.
+# 1. Deno, where the next command finds it: npm's global folder, or else a folder of the user's own. An earlier run may
+# have put it where the caller's shell does not look, so that is searched too.
+global=$(npm prefix -g 2>/dev/null || true)
+own="${HOME:-}/.local"
+PATH="$PATH:${global:-/usr/local}/bin:$own/bin"
 if command -v deno >/dev/null 2>&1; then
-  version=$(deno --version | head -n 1)
+  version=$(deno --version 2>/dev/null | head -n 1)
+  [ -n "$version" ] || fail "$(command -v deno) does not run: run \"npm install -g deno@$deno_version\" to replace it"
   say "Deno is there: $version"
   number=${version#deno }
   major=${number%%.*}
@@ -56,19 +50,17 @@ if command -v deno >/dev/null 2>&1; then
     fail "Deno ${number%% *} is too old, 2.9 or newer is wanted: run \"deno upgrade $deno_version\""
   fi
 else
-  command -v npm >/dev/null 2>&1 || fail "there is neither Deno nor npm: install Node.js 20 first, which brings npm"
+  command -v npm >/dev/null 2>&1 ||
+    fail "there is neither Deno nor npm: install Node.js 20, which brings npm, and run \"sh scripts/setup.sh\" again"
   say "installing Deno $deno_version from npm"
-  global=$(npm prefix -g 2>/dev/null || true)
-  if [ -w "$global" ]; then
-    npm_install || fail "npm could not install deno@$deno_version"
+  if [ -w "$global" ] || [ "$(id -u)" = 0 ]; then
+    npm_install npm
   elif as_root true; then
-    as_root npm install -g --no-fund --no-audit --ignore-scripts=false --allow-scripts=deno "deno@$deno_version" \
-      >/dev/null || fail "npm could not install deno@$deno_version"
+    npm_install sudo npm
   else
-    global=$(own_prefix)
-    npm_install --prefix "$global" || fail "npm could not install deno@$deno_version"
+    npm_install npm --prefix "$own"
   fi
-  command -v deno >/dev/null 2>&1 || PATH="$global/bin:$PATH"
+  hash -r
   version=$(deno --version 2>&1) || fail "Deno was installed but does not run: $version"
   say "installed $(printf '%s' "$version" | head -n 1)"
 fi
@@ -82,15 +74,19 @@ adapter() {
 }
 found=$(adapter)
 if [ -z "$found" ]; then
-  install="apt-get update && apt-get install -y mesa-vulkan-drivers libvulkan1"
+  install="apt-get update; apt-get install -y mesa-vulkan-drivers libvulkan1" # one source out of reach must not matter
   command -v apt-get >/dev/null 2>&1 ||
-    fail "no WebGPU adapter was found: install a Vulkan driver, for a CPU Mesa's lavapipe"
+    fail "no WebGPU adapter was found: install a Vulkan driver, for a CPU Mesa's lavapipe, and run \"sh scripts/setup.sh\" again"
+  by_hand="sh -c '$install'"
+  [ "$(id -u)" = 0 ] || by_hand="sudo $by_hand"
   as_root true ||
-    fail "no WebGPU adapter was found and this user may not install one: run \"sudo sh -c '$install'\""
+    fail "no WebGPU adapter was found and this user may not install one: run \"$by_hand\""
   say "no WebGPU adapter was found: installing Mesa's Vulkan CPU driver from Debian"
-  as_root sh -c "$install" >/dev/null 2>&1 || fail "Mesa could not be installed: run \"$install\" to see why"
+  as_root sh -c "export DEBIAN_FRONTEND=noninteractive; $install" >/dev/null 2>&1 ||
+    fail "Mesa could not be installed: run \"$by_hand\" to see why"
   found=$(adapter)
-  [ -n "$found" ] || fail "Mesa is installed but there is still no WebGPU adapter: see what \"vulkaninfo --summary\" says"
+  [ -n "$found" ] ||
+    fail "Mesa is installed but there is still no WebGPU adapter: run \"vulkaninfo --summary\" of vulkan-tools to see why"
 fi
 say "WebGPU adapter: $found"
 

@@ -22,8 +22,13 @@ const MOST_FILES = 96;
 const MOST_LINES = 400;
 /** Written apart, so that this file passes its own test. */
 const UNFINISHED = new RegExp(
-  ["TO" + "DO", "FIX" + "ME", "X" + "XX", "place" + "holder", "for " + "now\\b"].join("|"),
+  ["TO" + "DO", "FIX" + "ME", "X" + "XX", "\\bst" + "ub", "place" + "holder", "for " + "now\\b"].join("|"),
   "i",
+);
+/** What ties a file to the machine that it was written on, or to one registry. */
+const OF_ONE_MACHINE = new RegExp(
+  ["/wo" + "rk/", "/tm" + "p/\\w", "/ro" + "ot/", "npm" + "js\\.", "jsr" + "\\.io", "pyp" + "i\\.", "deb" + "\\.debian"]
+    .join("|"),
 );
 const NAMES_OF_NOTHING = /\/(mod|utils?|types|common|helpers?|misc)\.ts$/;
 
@@ -31,7 +36,14 @@ const ROOT = new URL("..", import.meta.url);
 const files = ["scripts", "lib", "kernels", "tests"].flatMap(walk).filter((path) => /\.(ts|wgsl|sh)$/.test(path))
   .sort();
 const text = new Map(files.map((path) => [path, Deno.readTextFileSync(new URL(path, ROOT))]));
+/** Texts beside the sources: what a reader opens and what a machine is set up by. */
+const papers = ["README.md", "deno.json", "deno.lock", ".gitignore", ".ci/run", ...walk("fixtures"), ...walk("tests")]
+  .filter((path) => /\.(md|py|lock)$|^deno\.json$|^\.|^fixtures\/[^/]+\.ts$/.test(path));
 const sources = files.filter((path) => !path.startsWith("tests/"));
+
+function read(path: string): string {
+  return text.get(path) ?? Deno.readTextFileSync(new URL(path, ROOT));
+}
 
 function walk(folder: string): string[] {
   return [...Deno.readDirSync(new URL(folder, ROOT))].flatMap(({ name, isDirectory }) =>
@@ -153,8 +165,8 @@ Deno.test("every TypeScript file opens by saying what it is, and every export sa
 });
 
 Deno.test("no file is unfinished, named after nothing, or a default export", () => {
-  const found = files.flatMap((path) => {
-    const lines = text.get(path)!.split("\n");
+  const found = [...files, ...papers.filter((path) => !path.endsWith(".lock"))].flatMap((path) => {
+    const lines = read(path).split("\n");
     return lines.flatMap((line, i) =>
       UNFINISHED.test(line) || /^export default\b|^(export )?(const )?enum /.test(line)
         ? [`${path}:${i + 1}: ${line.trim()}`]
@@ -163,4 +175,12 @@ Deno.test("no file is unfinished, named after nothing, or a default export", () 
   });
   assertEquals(found, []);
   assertEquals(files.filter((path) => NAMES_OF_NOTHING.test(path)), []);
+});
+
+Deno.test("no text names the machine that it was written on, or a registry's host", () => {
+  for (const name of ["README.md", "deno.lock", ".ci/run", "fixtures/README.md"]) assert(papers.includes(name), name);
+  const found = [...files, ...papers].flatMap((path) =>
+    read(path).split("\n").flatMap((line, i) => OF_ONE_MACHINE.test(line) ? [`${path}:${i + 1}: ${line.trim()}`] : [])
+  );
+  assertEquals(found, []);
 });

@@ -212,5 +212,10 @@ console.log("went on");
     assertStringIncludes(out, "A script.\n\nflags (recipe tiny)");
     assertMatch(out, /--out +artifacts\/09_script +where to write/);
   });
+  await t.step("RECIPE=blog", async () => {
+    assertStringIncludes((await run(["--help"], { RECIPE: "blog" })).out, "flags (recipe blog)");
+    const { code, err } = await run([], { RECIPE: "large" });
+    assertEquals([code, err], [1, 'Cannot read recipe "large": the recipes are tiny, blog\n']);
+  });
   Deno.removeSync(dir, { recursive: true });
 });
