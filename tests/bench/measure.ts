@@ -18,6 +18,8 @@ export interface Measured {
   readonly runs: number;
   /** Processor time of all threads, where the device is the processor: what other programs take is not in it. */
   readonly cpu_ms: number | null;
+  /** Share of the processors that other programs used meanwhile; null off Linux. */
+  readonly others_share: number | null;
 }
 
 /** The peaks of the device; `perCpuS` the same per second of processor time, where the device is the processor. */
@@ -124,7 +126,7 @@ export async function measure(
   const fill = gpu.cpu ? 40 : 10; // ms of a run
   const repeat = reset.length > 0 ? 1 : Math.max(1, Math.min(1000, Math.ceil(fill / estimate)));
   const runs = Math.max(3, Math.min(quick ? 3 : 9, Math.round(1500 / (estimate * repeat))));
-  const before = process.cpuUsage();
+  const before = process.cpuUsage(), others = watchOthers();
   const times = await timed(runs, repeat);
   const cpu = process.cpuUsage(before);
   return {
@@ -134,6 +136,7 @@ export async function measure(
     runs,
     // What resets is in the processor time too, so it is not told there.
     cpu_ms: gpu.cpu && reset.length === 0 ? (cpu.user + cpu.system) / 1e3 / repeat / runs : null,
+    others_share: others(),
   };
 }
 

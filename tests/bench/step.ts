@@ -12,7 +12,7 @@ import type { MicroBatch } from "../../lib/model/llama.ts";
 import { type Hyperparameters, Trainer } from "../../lib/model/trainer.ts";
 import { installErrorHandler } from "../../lib/run/flags.ts";
 import { memoryInUse } from "./host.ts";
-import { median } from "./measure.ts";
+import { median, watchOthers } from "./measure.ts";
 import { blogConfig, randomBatch, SMALL_LOSSES, writeRandomModel, writeSmallProblem } from "./problem.ts";
 
 /** How a step is measured: `dir` is a folder for models, peaks are those of the device. */
@@ -48,6 +48,8 @@ export interface StepResult {
   readonly first_ms: number;
   /** Where the device is the processor: does not fall when other programs run. */
   readonly tokens_per_cpu_s: number | null;
+  /** Share of the processors that other programs used meanwhile; null off Linux. */
+  readonly others_share: number | null;
   /** Arithmetic of the model, nothing that is computed twice, over what the peak would do in that time. */
   readonly share: number;
   readonly dispatches: number;
@@ -168,7 +170,7 @@ async function benchStep(
   // A GPU is fed some updates at a time, as in training.
   const runs = quick ? 3 : 8, together = gpu.cpu ? 1 : 4, times: number[] = [], host: number[] = [];
   await gpu.queue.onSubmittedWorkDone();
-  const before = process.cpuUsage();
+  const before = process.cpuUsage(), others = watchOthers();
   for (let i = 0; i < runs; i++) {
     const start = performance.now();
     update();
@@ -178,7 +180,7 @@ async function benchStep(
     gpu.queue.onSubmittedWorkDone();
     times.push((performance.now() - start) / together);
   }
-  const cpu = process.cpuUsage(before), cpuS = (cpu.user + cpu.system) / 1e6;
+  const cpu = process.cpuUsage(before), cpuS = (cpu.user + cpu.system) / 1e6, others_share = others();
   await read();
   if (gpu.cpu) {
     const { llama, optimizer } = trainer, at = { items: tokens, slot: 0, draw: 0 };
@@ -202,6 +204,7 @@ async function benchStep(
     min_ms: Math.min(...times),
     max_ms: Math.max(...times),
     first_ms: first,
+    others_share,
     tokens_per_cpu_s: gpu.cpu ? tokens * runs / cpuS : null,
     share: flop / ms / 1e6 / peakGflops,
     dispatches: timings.length,
