@@ -9,6 +9,7 @@
  * writes   <out>/bench.json, after every part
  */
 import { openGpu } from "../lib/gpu/device.ts";
+import { headChunk } from "../lib/model/plan.ts";
 import { checkNumbers, choice, flags } from "../lib/run/flags.ts";
 import { writeJson } from "../lib/run/manifest.ts";
 import { bytes, count, percent, table } from "../lib/run/print.ts";
@@ -19,6 +20,7 @@ import { memoryCases } from "./bench/kernels.ts";
 import { CPU_TARGET, productCases, products, tilesToTry } from "./bench/matmul.ts";
 import { benchCase, type Case, type KernelResult } from "./bench/measure.ts";
 import { measurePeaks } from "./bench/peaks.ts";
+import { blogConfig } from "./bench/problem.ts";
 import { runStep, stepCases, type StepResult } from "./bench/step.ts";
 
 const opt = flags(import.meta, {
@@ -47,7 +49,9 @@ const kernels: KernelResult[] = [], steps: StepResult[] = [], generated: Generat
 await save();
 
 // 2. Kernels.
-const tokens = gpu.cpu ? (opt.quick ? 128 : 512) : 4096, chunk = gpu.cpu ? (opt.quick ? 32 : 320) : 4096;
+const tokens = gpu.cpu ? (opt.quick ? 128 : 512) : 4096;
+const rows = headChunk(gpu, { config: blogConfig(), tokens, checkpointing: "none" });
+const chunk = gpu.cpu && opt.quick ? 32 : rows;
 const product = productCases(gpu);
 if (wanted("matmul")) {
   const all = products({ tokens, chunk });
@@ -106,7 +110,9 @@ if (opt.sweep && wanted("matmul") && gpu.lanes === "shared") {
   await benchAll("Tiles", large.flatMap((of) => tilesToTry(gpu).map((tile) => product(of, tile))));
 }
 await save();
-if (skipped.length > 0) console.log(`\nNot begun within ${opt.budget} s: ${skipped.join(", ")}`);
+if (skipped.length > 0) {
+  console.log(`\nNot begun within ${opt.budget} s: ${skipped.length} measurements, ${skipped[0]} the first`);
+}
 const others = [...kernels, ...steps].map(({ others_share }) => others_share ?? 0).sort((a, b) => a - b);
 if (gpu.cpu && others.length > 0) {
   const [least, most] = [others[0]!, others.at(-1)!].map(percent);
