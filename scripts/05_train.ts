@@ -61,7 +61,10 @@ const opt = flags(import.meta, {
 });
 
 checkNumbers(opt, { whole: { batchSize: 1, gradientAccumulation: 1, loggingSteps: 1, maxSteps: 0, evalBatchSize: 0 } });
-checkNumbers(opt, { whole: { evalSteps: 0, saveSteps: 0, saveTotalLimit: 0, seed: 0 }, real: { epochs: 0 } });
+checkNumbers(opt, {
+  whole: { evalSteps: 0, saveSteps: 0, saveTotalLimit: 0, seed: 0, profile: 0 },
+  real: { epochs: 0 },
+});
 checkNumbers(opt, {
   real: { learningRate: 0, warmupRatio: 0, weightDecay: 0, beta1: 0, beta2: 0, eps: 0, maxGradNorm: 0 },
 });
