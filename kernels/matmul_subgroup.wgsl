@@ -4,11 +4,12 @@
 //   nn   out[i,j] = scale · (Σ_k x[i,k] · w[k,j] + Σ_r lora_x[i,r] · lora_w[r,j])  (+ add | + out)
 //   tn   out[i,j] = scale · Σ_t x[t,i] · w[t,j]  (+ out)
 //
-//   x, lora_x, add, out   f32, `offset` and `stride` in elements, both multiples of 4
-//   w                     f32, f16 or bf16 (W_TYPE), row-major with w_stride; bound twice, as 16- and as 8-byte words
+//   x, lora_x             f32, `offset` and `stride` in elements, both multiples of 8; read 32 bytes at a time
+//   add, out              f32, `offset` and `stride` multiples of 4
+//   w                     f32, f16 or bf16 (W_TYPE), row-major with w_stride; bound as words of 16, 8 and (nt) 32 bytes
 //   lora_w                f32; nt: of each segment [columns, r], nn: [r, columns]
 //   rows.x                rows of x and out (nt, nn), or of x and w (tn)
-//   sizes                 k, r multiples of 8; n, and in tn the m columns of x, multiples of 4
+//   sizes                 k, r multiples of 8; n multiples of 4; in tn the m columns of x of 8
 //   segments (nt)         columns [0, end0), [end0, end1), [end1, n) with LoRA operands of their own
 //   grid                  nt, nn: [column tiles, row tiles]; tn: [column tiles of w, column tiles of x]; a tile is 32 rows
 //                         by 4 · LANES columns, one subgroup
@@ -56,13 +57,24 @@ struct Dims {
 
 @group(0) @binding(0) var<uniform> rows: vec4u;
 @group(0) @binding(1) var<uniform> dims: Dims;
-@group(0) @binding(2) var<storage, read> x: array<vec4f>;
+@group(0) @binding(2) var<storage, read> x: array<vec4<u64>>;
 @group(0) @binding(3) var<storage, read> w: array<vec4u>;
 @group(0) @binding(4) var<storage, read> w_half: array<vec2u>;
-@group(0) @binding(5) var<storage, read> lora_x: array<vec4f>;
+@group(0) @binding(5) var<storage, read> lora_x: array<vec4<u64>>;
 @group(0) @binding(6) var<storage, read> lora_w: array<vec4f>;
 @group(0) @binding(7) var<storage, read> add: array<vec4f>;
 @group(0) @binding(8) var<storage, read_write> out: array<vec4f>;
+@group(0) @binding(9) var<storage, read> w_wide: array<vec4<u64>>;
+
+/// Eight numbers that were loaded as one value: a load of 32 bytes costs a CPU driver no more than one of 16.
+fn eight(words: vec4<u64>) -> mat2x4f {
+  let even = vec4u(words);
+  let odd = vec4u(words >> vec4u(32u));
+  return mat2x4f(
+    bitcast<vec4f>(vec4u(even.x, odd.x, even.y, odd.y)),
+    bitcast<vec4f>(vec4u(even.z, odd.z, even.w, odd.w)),
+  );
+}
 
 /// Two 16-bit numbers of a word.
 fn halves(word: u32) -> vec2f {
@@ -75,7 +87,7 @@ fn halves(word: u32) -> vec2f {
 /// Weights `at` .. `at` + 7, counted in elements; `at` is a multiple of 8.
 fn weight8(at: u32) -> mat2x4f {
   if (W_TYPE == F32) {
-    return mat2x4f(bitcast<vec4f>(w[at >> 2u]), bitcast<vec4f>(w[(at >> 2u) + 1u]));
+    return eight(w_wide[at >> 3u]);
   }
   let words = w[at >> 3u];
   return mat2x4f(vec4f(halves(words.x), halves(words.y)), vec4f(halves(words.z), halves(words.w)));
@@ -160,8 +172,8 @@ fn nt(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
   // unroll
   for (var g = 0u; g < 32u / LANES; g++) {
     let row = min(row0 + g * LANES + lane, last);
-    x_row[g] = (dims.x_offset + row * dims.x_stride) >> 2u;
-    lora_row[g] = (tile.lora_x + row * dims.lora_x_stride) >> 2u;
+    x_row[g] = (dims.x_offset + row * dims.x_stride) >> 3u;
+    lora_row[g] = (tile.lora_x + row * dims.lora_x_stride) >> 3u;
   }
   var c: array<vec4f, 32>;
   var a: array<vec4f, 8>;
@@ -169,9 +181,9 @@ fn nt(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
   for (var k = 0u; k < inner; k += 8u) {
     // unroll
     for (var g = 0u; g < 32u / LANES; g++) {
-      let at = x_row[g] + (k >> 2u);
-      a[g * 2u] = x[at];
-      a[g * 2u + 1u] = x[at + 1u];
+      let values = eight(x[x_row[g] + (k >> 3u)]);
+      a[g * 2u] = values[0];
+      a[g * 2u + 1u] = values[1];
     }
     let at = w0 + k;
     let b0 = weight8(at);
@@ -189,9 +201,9 @@ fn nt(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
     for (var r = 0u; r < tile.r; r += 8u) {
       // unroll
       for (var g = 0u; g < 32u / LANES; g++) {
-        let at = lora_row[g] + (r >> 2u);
-        a[g * 2u] = lora_x[at];
-        a[g * 2u + 1u] = lora_x[at + 1u];
+        let values = eight(lora_x[lora_row[g] + (r >> 3u)]);
+        a[g * 2u] = values[0];
+        a[g * 2u + 1u] = values[1];
       }
       // unroll
       for (var h = 0u; h < 2u; h++) {
@@ -233,8 +245,8 @@ fn nn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
   // unroll
   for (var g = 0u; g < 32u / LANES; g++) {
     let row = min(row0 + g * LANES + lane, last);
-    x_row[g] = (dims.x_offset + row * dims.x_stride) >> 2u;
-    lora_row[g] = (dims.lora_x0 + row * dims.lora_x_stride) >> 2u;
+    x_row[g] = (dims.x_offset + row * dims.x_stride) >> 3u;
+    lora_row[g] = (dims.lora_x0 + row * dims.lora_x_stride) >> 3u;
   }
   var c: array<vec4f, 32>;
   var a: array<vec4f, 8>;
@@ -242,9 +254,9 @@ fn nn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
   for (var k = 0u; k < inner; k += 8u) {
     // unroll
     for (var g = 0u; g < 32u / LANES; g++) {
-      let at = x_row[g] + (k >> 2u);
-      a[g * 2u] = x[at];
-      a[g * 2u + 1u] = x[at + 1u];
+      let values = eight(x[x_row[g] + (k >> 3u)]);
+      a[g * 2u] = values[0];
+      a[g * 2u + 1u] = values[1];
     }
     // unroll
     for (var q = 0u; q < 8u; q++) {
@@ -256,9 +268,9 @@ fn nn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
     for (var r = 0u; r < rank; r += 8u) {
       // unroll
       for (var g = 0u; g < 32u / LANES; g++) {
-        let at = lora_row[g] + (r >> 2u);
-        a[g * 2u] = lora_x[at];
-        a[g * 2u + 1u] = lora_x[at + 1u];
+        let values = eight(lora_x[lora_row[g] + (r >> 3u)]);
+        a[g * 2u] = values[0];
+        a[g * 2u + 1u] = values[1];
       }
       // unroll
       for (var q = 0u; q < 8u; q++) {
@@ -283,12 +295,12 @@ fn tn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
   let count = rows.x;
   let stride = dims.w_stride;
   let w0 = dims.w_offset + safe;
-  let x_stride = dims.x_stride >> 2u;
-  // The columns of x that this tile covers, four by four; past the end the last ones again.
-  var x_column: array<u32, 8>;
+  let x_stride = dims.x_stride >> 3u;
+  // The columns of x that this tile covers, eight by eight; past the end the last ones again.
+  var x_column: array<u32, 4>;
   // unroll
-  for (var q = 0u; q < 8u; q++) {
-    x_column[q] = (dims.x_offset + min(row0 + q * 4u, dims.m - 4u)) >> 2u;
+  for (var q = 0u; q < 4u; q++) {
+    x_column[q] = (dims.x_offset + min(row0 + q * 8u, dims.m - 8u)) >> 3u;
   }
   var c: array<vec4f, 32>;
   var a: array<vec4f, 8>;
@@ -299,8 +311,10 @@ fn tn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
     let inside = select(0.0, 1.0, mine < count);
     let source = min(mine, count - 1u) * x_stride;
     // unroll
-    for (var q = 0u; q < 8u; q++) {
-      a[q] = inside * x[source + x_column[q]];
+    for (var q = 0u; q < 4u; q++) {
+      let values = eight(x[source + x_column[q]]);
+      a[q * 2u] = inside * values[0];
+      a[q * 2u + 1u] = inside * values[1];
     }
     // unroll
     for (var q = 0u; q < 8u; q++) {

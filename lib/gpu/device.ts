@@ -55,17 +55,17 @@ async function open(): Promise<Gpu> {
   const name = info.description || info.vendor || "unnamed adapter";
   const requiredLimits = Object.fromEntries(LIMITS.map((limit) => [limit, adapter.limits[limit]]));
   const timestamps = adapter.features.has("timestamp-query");
-  const request = (features: string[]) =>
-    adapter.requestDevice({ requiredLimits, requiredFeatures: features as GPUFeatureName[] });
+  const cpu = /llvmpipe|swiftshader|software/i.test(name);
   const always = timestamps ? ["timestamp-query"] : [];
-  // Deno hides "subgroups" from adapter.features although the device grants it, so ask and see.
+  const request = (features: string[]) =>
+    adapter.requestDevice({ requiredLimits, requiredFeatures: [...always, ...features] as GPUFeatureName[] });
+  // Deno hides these from adapter.features although the device grants them, so ask and see. CPU kernels load 64-bit words.
   let subgroups = true;
-  const device = await request([...always, "subgroups"]).catch(() => {
+  const device = await request(cpu ? ["subgroups", "wgpu-shader-int64"] : ["subgroups"]).catch(() => {
     subgroups = false;
-    return adapter.requestDevice({ requiredLimits, requiredFeatures: always as GPUFeatureName[] });
+    return request([]);
   });
   failOnErrors(device);
-  const cpu = /llvmpipe|swiftshader|software/i.test(name);
   const fixed = subgroups && info.subgroupMinSize > 0 && info.subgroupMinSize === info.subgroupMaxSize;
   return {
     device,

@@ -108,12 +108,14 @@ function formsOf(gpu: Gpu, choose: typeof chooseTile): (rows: number, columns: n
 /** Makes the products for this device; `choose` is asked for the tile where it is a GPU. */
 export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
   const formOf = formsOf(gpu, choose);
-  const nothing = createTensor(gpu, { name: "matmul.nothing", shape: [4] });
+  const nothing = createTensor(gpu, { name: "matmul.nothing", shape: [8] });
+  // CPU kernels read x eight numbers at a time.
+  const unit = gpu.lanes === "subgroup" ? 8 : 4;
 
   const record = (entry: "nt" | "nn" | "tn", p: Product): Dispatch => {
     const { n, k = 0, m = 0, lora } = p;
     const segments = lora?.segments ?? [];
-    check(entry, p);
+    check(entry, p, unit);
     const end0 = segments[0]?.columns ?? n, end1 = end0 + (segments[1]?.columns ?? n - end0);
     const stride = (o: Operand) => o.stride ?? o.tensor.shape.at(-1)!;
     const lane = (i: number) => segments[i] ?? { r: 0, x: 0, w: 0 };
@@ -133,6 +135,7 @@ export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
         x: p.x.tensor,
         w: p.w.tensor,
         ...(entry === "nt" ? {} : { w_half: p.w.tensor }),
+        ...(entry === "nt" && gpu.lanes === "subgroup" ? { w_wide: p.w.tensor } : {}),
         ...(entry === "tn" ? {} : { lora_x: lora?.x.tensor ?? nothing, lora_w: lora?.w ?? nothing }),
         add: p.plus && p.plus !== "out" ? p.plus : nothing,
         out: p.out.tensor,
@@ -171,26 +174,29 @@ export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
 const tiles = (size: number, tile: number) => Math.ceil(size / tile);
 
 /** Kernels load whole vec4s and take what does not fit for something else, so sizes are refused here. */
-function check(entry: string, { x, w, out, n, k = 0, m = 0, lora }: Product): void {
+function check(entry: string, { x, w, out, n, k = 0, m = 0, lora }: Product, unit: number): void {
   const name = `"${out.tensor.name}" = ${entry}("${x.tensor.name}", "${w.tensor.name}")`;
-  if (n % 4 || m % 4 || k % 8) {
-    throw new RangeError(`Cannot multiply ${name}: n ${n} and m ${m} must be multiples of 4, k ${k} of 8`);
+  if (n % 4 || m % unit || k % 8) {
+    throw new RangeError(`Cannot multiply ${name}: n ${n} must be a multiple of 4, m ${m} of ${unit}, k ${k} of 8`);
   }
   if (W_TYPE[w.tensor.dtype] === undefined) {
     throw new TypeError(`Cannot multiply ${name}: weights are ${w.tensor.dtype}`);
   }
-  const places = [x, out].flatMap(({ offset = 0, stride = 0 }) => [offset, stride]);
-  const step = entry === "nt" && w.tensor.dtype !== "f32" ? 8 : 4;
-  if (places.some((at) => at % 4) || [w.offset ?? 0, w.stride ?? 0].some((at) => at % step)) {
+  const wide = entry === "nt" && (unit === 8 || w.tensor.dtype !== "f32");
+  const steps = [[x, unit], [w, wide ? 8 : 4], [out, 4]] as const;
+  const bad = steps.find(([{ offset = 0, stride = 0 }, step]) => offset % step || stride % step);
+  if (bad) {
     throw new RangeError(
-      `Cannot multiply ${name}: offsets and strides must be multiples of 4, those of the weights here of ${step}`,
+      `Cannot multiply ${name}: offset and stride of "${bad[0].tensor.name}" must be multiples of ${bad[1]}`,
     );
   }
   if (!lora) return;
   const { segments } = lora, ranks = new Set(segments.map(({ r }) => r).filter((r) => r > 0));
   const columns = segments.reduce((sum, segment) => sum + segment.columns, 0);
   const most = entry === "nt" ? 3 : 1;
-  if (segments.length > most || columns !== n || segments.some((s) => s.columns % 4 || s.r % 8 || s.x % 4 || s.w % 4)) {
+  if (
+    segments.length > most || columns !== n || segments.some((s) => s.columns % 4 || s.r % 8 || s.x % unit || s.w % 4)
+  ) {
     throw new RangeError(
       `Cannot multiply ${name}: at most ${most} low-rank segments must cover the ${n} columns, in fours, with ranks in eights`,
     );
