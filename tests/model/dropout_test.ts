@@ -2,13 +2,14 @@
  * Dropout of the adapter's input in the whole model, against the slow reference with the same masks. Bound: that of the
  * gradients without dropout (2e-5 of the largest); the largest error found is named beside it.
  */
-import { assertEquals } from "@std/assert";
+import { assertEquals, assertNotEquals } from "@std/assert";
 import { hash32 } from "../../lib/data/random.ts";
 import { nextTokenTargets } from "../../lib/data/dataset.ts";
 import { readAdapter } from "../../lib/model/adapter.ts";
 import { linearModules, linearShape, moduleName } from "../../lib/model/config.ts";
 import { Llama, type MicroBatch } from "../../lib/model/llama.ts";
 import { readSlots } from "../../lib/model/lora.ts";
+import { Trainer } from "../../lib/model/trainer.ts";
 import { assertClose, golden, goldenPath } from "../check.ts";
 import { llamaBackward, llamaForward } from "../reference_llama.ts";
 
@@ -65,4 +66,34 @@ Deno.test("Llama drops what each projection's adapter reads in training, and not
 Deno.test("dropout draws the same again when block checkpointing computes a layer twice", async () => {
   const [none, block] = [await gradients("none"), await gradients("block")];
   assertEquals(block.grads, none.grads);
+});
+
+Deno.test("Trainer draws anew for every micro-batch and update, by seed, update and micro-batch", async () => {
+  const options = {
+    model: goldenPath("tiny/model_hf"),
+    adapter: { lora: { ...lora, lora_dropout: P }, tensors },
+    train: "lora" as const,
+    tokens: 48,
+  };
+  const hyper = {
+    optimizer: "adamw" as const,
+    weightDecay: 0,
+    beta1: 0.9,
+    beta2: 0.999,
+    eps: 1e-8,
+    maxGradNorm: 0,
+    seed: 7,
+  };
+  const trainer = await Trainer.open({ ...options, hyper });
+  for (const step of [1, 2]) trainer.update([batch, batch], { step, learningRate: 0 });
+  const found = (await trainer.read()).map(({ loss }) => loss);
+  trainer.llama.destroy();
+  const llama = await Llama.open(options);
+  for (const step of [1, 2]) {
+    for (const i of [0, 1]) llama.accumulate(batch, { items: 2 * items, slot: step, draw: hash32(7, step, i) });
+  }
+  const sums = await llama.losses();
+  llama.destroy();
+  assertEquals(found, [1, 2].map((step) => sums[step]! / (2 * items)));
+  assertNotEquals(found[0], found[1]);
 });
