@@ -26,10 +26,12 @@ override D4: u32; // D / 4
 override KEYS: u32 = 8u; // of a tile, that forward takes at a time: a divisor of LANES, at most 8
 
 @group(0) @binding(0) var<uniform> rows: vec4u;
+// image
 @group(0) @binding(1) var<storage, read> qkv: array<vec4f>;
 @group(0) @binding(2) var<storage, read> spans: array<vec2u>;
 @group(0) @binding(3) var<storage, read_write> out: array<vec4f>;
 @group(0) @binding(4) var<storage, read_write> lse: array<f32>;
+// image
 @group(0) @binding(5) var<storage, read> dout: array<vec4f>;
 @group(0) @binding(6) var<storage, read_write> delta: array<f32>;
 @group(0) @binding(7) var<storage, read_write> dqkv: array<vec4f>;

@@ -4,9 +4,9 @@
 //   nn   out[i,j] = scale · (Σ_k x[i,k] · w[k,j] + Σ_r lora_x[i,r] · lora_w[r,j])  (+ add | + out)
 //   tn   out[i,j] = scale · Σ_t x[t,i] · w[t,j]  (+ out)
 //
-//   x, lora_x             f32, `offset` and `stride` in elements, both multiples of 8; read 32 bytes at a time
+//   x, lora_x             f32, `offset` and `stride` in elements, both multiples of 4
 //   add, out              f32, `offset` and `stride` multiples of 4
-//   w                     f32, f16 or bf16 (W_TYPE), row-major with w_stride; bound as words of 16, 8 and (nt) 32 bytes
+//   w                     f32, f16 or bf16 (W_TYPE), row-major with w_stride
 //   lora_w                f32; nt: of each segment [columns, r], nn: [r, columns]
 //   rows.x                rows of x and out (nt, nn), or of x and w (tn)
 //   sizes                 k, r multiples of 8; n multiples of 4; in tn the m columns of x of 8
@@ -15,7 +15,7 @@
 //                         by 4 · LANES columns, one subgroup
 //
 // A lane holds 4 columns of 32 rows. It loads every 8-step rows of x for the others and hands them on by shuffles with
-// constant lanes: a load costs a CPU driver as much as many multiplications. Rows outermost keeps the sums in registers.
+// constant lanes. Rows outermost keeps the sums in registers.
 
 const F32 = 0u;
 const F16 = 1u;
@@ -27,6 +27,7 @@ const OUT = 2u; // out += product
 override LANES: u32 = 8u;
 override W_TYPE: u32 = 0u;
 override LORA: u32 = 0u; // 1: the product has a low-rank term
+override PLUS: u32 = 0u;
 
 struct Dims {
   m: u32,
@@ -52,29 +53,20 @@ struct Dims {
   r1: u32,
   r2: u32,
   scale: f32,
-  plus: u32,
 }
 
 @group(0) @binding(0) var<uniform> rows: vec4u;
 @group(0) @binding(1) var<uniform> dims: Dims;
-@group(0) @binding(2) var<storage, read> x: array<vec4<u64>>;
+// image
+@group(0) @binding(2) var<storage, read> x: array<vec4f>;
+// image
 @group(0) @binding(3) var<storage, read> w: array<vec4u>;
-@group(0) @binding(4) var<storage, read> w_half: array<vec2u>;
-@group(0) @binding(5) var<storage, read> lora_x: array<vec4<u64>>;
-@group(0) @binding(6) var<storage, read> lora_w: array<vec4f>;
-@group(0) @binding(7) var<storage, read> add: array<vec4f>;
-@group(0) @binding(8) var<storage, read_write> out: array<vec4f>;
-@group(0) @binding(9) var<storage, read> w_wide: array<vec4<u64>>;
-
-/// Eight numbers that were loaded as one value: a load of 32 bytes costs a CPU driver no more than one of 16.
-fn eight(words: vec4<u64>) -> mat2x4f {
-  let even = vec4u(words);
-  let odd = vec4u(words >> vec4u(32u));
-  return mat2x4f(
-    bitcast<vec4f>(vec4u(even.x, odd.x, even.y, odd.y)),
-    bitcast<vec4f>(vec4u(even.z, odd.z, even.w, odd.w)),
-  );
-}
+// image
+@group(0) @binding(4) var<storage, read> lora_x: array<vec4f>;
+// image
+@group(0) @binding(5) var<storage, read> lora_w: array<vec4f>;
+@group(0) @binding(6) var<storage, read> add: array<vec4<u64>>;
+@group(0) @binding(7) var<storage, read_write> out: array<vec4<u64>>;
 
 /// Two 16-bit numbers of a word.
 fn halves(word: u32) -> vec2f {
@@ -84,22 +76,23 @@ fn halves(word: u32) -> vec2f {
   return unpack2x16float(word);
 }
 
-/// Weights `at` .. `at` + 7, counted in elements; `at` is a multiple of 8.
-fn weight8(at: u32) -> mat2x4f {
+/// Weights `i` .. `i` + 7, counted in elements; `i` is a multiple of 8.
+fn weight8(i: u32) -> mat2x4f {
   if (W_TYPE == F32) {
-    return eight(w_wide[at >> 3u]);
+    return mat2x4f(bitcast<vec4f>(w[i >> 2u]), bitcast<vec4f>(w[(i >> 2u) + 1u]));
   }
-  let words = w[at >> 3u];
+  let words = w[i >> 3u];
   return mat2x4f(vec4f(halves(words.x), halves(words.y)), vec4f(halves(words.z), halves(words.w)));
 }
 
-/// Weights `at` .. `at` + 3; `at` is a multiple of 4.
-fn weight4(at: u32) -> vec4f {
+/// Weights `i` .. `i` + 3; `i` is a multiple of 4.
+fn weight4(i: u32) -> vec4f {
   if (W_TYPE == F32) {
-    return bitcast<vec4f>(w[at >> 2u]);
+    return bitcast<vec4f>(w[i >> 2u]);
   }
-  let words = w_half[at >> 2u];
-  return vec4f(halves(words.x), halves(words.y));
+  let words = w[i >> 3u];
+  let mine = select(words.xy, words.zw, (i & 4u) == 4u);
+  return vec4f(halves(mine.x), halves(mine.y));
 }
 
 /// c[i] += Σ_k a(i, k) · b[k] over 8 k; lane l holds rows l, l + LANES, … in a, two vec4 each.
@@ -115,17 +108,42 @@ fn multiply(c: ptr<function, array<vec4f, 32>>, a: ptr<function, array<vec4f, 8>
   }
 }
 
-/// Writes one row of the tile: 4 columns of this lane.
-fn put(row: u32, column: u32, sum: vec4f) {
-  let at = (dims.out_offset + row * dims.out_stride + column) >> 2u;
-  var value = dims.scale * sum;
-  if (dims.plus == ADD) {
-    value += add[at];
+/// Eight numbers as one value and back: a load or a store of 32 bytes costs a CPU driver no more than one of 16.
+fn eight(low: vec4f, high: vec4f) -> vec4<u64> {
+  let even = vec4<u64>(bitcast<vec4u>(vec4f(low.xz, high.xz)));
+  let odd = vec4<u64>(bitcast<vec4u>(vec4f(low.yw, high.yw)));
+  return even | (odd << vec4u(32u));
+}
+
+fn pair(words: vec4<u64>) -> mat2x4f {
+  let even = bitcast<vec4f>(vec4u(words));
+  let odd = bitcast<vec4f>(vec4u(words >> vec4u(32u)));
+  return mat2x4f(vec4f(even.x, odd.x, even.y, odd.y), vec4f(even.z, odd.z, even.w, odd.w));
+}
+
+/// Writes two rows of the tile, 4 columns of each lane: two lanes exchange halves, so that each writes 8 columns of one row.
+fn put(row: u32, high: u32, column: u32, end: u32, lane: u32, first: vec4f, second: vec4f) {
+  let odd = (lane & 1u) == 1u;
+  let other = subgroupShuffle(select(second, first, odd), lane ^ 1u);
+  let mine = row + (lane & 1u);
+  let low = column & ~7u;
+  if (mine >= high || low >= end) {
+    return;
   }
-  if (dims.plus == OUT) {
-    value += out[at];
+  let i = (dims.out_offset + mine * dims.out_stride + low) >> 3u;
+  var left = dims.scale * select(first, other, odd);
+  var right = dims.scale * select(other, second, odd);
+  if (PLUS == ADD) {
+    let more = pair(add[i]);
+    left += more[0];
+    right += more[1];
   }
-  out[at] = value;
+  if (PLUS == OUT) {
+    let more = pair(out[i]);
+    left += more[0];
+    right += more[1];
+  }
+  out[i] = eight(left, right);
 }
 
 /// A column tile of a segment, and the segment's LoRA operands.
@@ -172,8 +190,8 @@ fn nt(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
   // unroll
   for (var g = 0u; g < 32u / LANES; g++) {
     let row = min(row0 + g * LANES + lane, last);
-    x_row[g] = (dims.x_offset + row * dims.x_stride) >> 3u;
-    lora_row[g] = (tile.lora_x + row * dims.lora_x_stride) >> 3u;
+    x_row[g] = (dims.x_offset + row * dims.x_stride) >> 2u;
+    lora_row[g] = (tile.lora_x + row * dims.lora_x_stride) >> 2u;
   }
   var c: array<vec4f, 32>;
   var a: array<vec4f, 8>;
@@ -181,15 +199,14 @@ fn nt(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
   for (var k = 0u; k < inner; k += 8u) {
     // unroll
     for (var g = 0u; g < 32u / LANES; g++) {
-      let values = eight(x[x_row[g] + (k >> 3u)]);
-      a[g * 2u] = values[0];
-      a[g * 2u + 1u] = values[1];
+      a[g * 2u] = x[x_row[g] + (k >> 2u)];
+      a[g * 2u + 1u] = x[x_row[g] + (k >> 2u) + 1u];
     }
-    let at = w0 + k;
-    let b0 = weight8(at);
-    let b1 = weight8(at + stride);
-    let b2 = weight8(at + 2u * stride);
-    let b3 = weight8(at + 3u * stride);
+    let first = w0 + k;
+    let b0 = weight8(first);
+    let b1 = weight8(first + stride);
+    let b2 = weight8(first + 2u * stride);
+    let b3 = weight8(first + 3u * stride);
     // unroll
     for (var q = 0u; q < 8u; q++) {
       b[q] = vec4f(b0[q / 4u][q % 4u], b1[q / 4u][q % 4u], b2[q / 4u][q % 4u], b3[q / 4u][q % 4u]);
@@ -201,17 +218,16 @@ fn nt(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
     for (var r = 0u; r < tile.r; r += 8u) {
       // unroll
       for (var g = 0u; g < 32u / LANES; g++) {
-        let values = eight(lora_x[lora_row[g] + (r >> 3u)]);
-        a[g * 2u] = values[0];
-        a[g * 2u + 1u] = values[1];
+        a[g * 2u] = lora_x[lora_row[g] + (r >> 2u)];
+        a[g * 2u + 1u] = lora_x[lora_row[g] + (r >> 2u) + 1u];
       }
       // unroll
       for (var h = 0u; h < 2u; h++) {
-        let at = lora_w0 + (r >> 2u) + h;
-        let b0 = lora_w[at];
-        let b1 = lora_w[at + next];
-        let b2 = lora_w[at + 2u * next];
-        let b3 = lora_w[at + 3u * next];
+        let first = lora_w0 + (r >> 2u) + h;
+        let b0 = lora_w[first];
+        let b1 = lora_w[first + next];
+        let b2 = lora_w[first + 2u * next];
+        let b3 = lora_w[first + 3u * next];
         // unroll
         for (var q = 0u; q < 4u; q++) {
           b[h * 4u + q] = vec4f(b0[q], b1[q], b2[q], b3[q]);
@@ -221,10 +237,8 @@ fn nt(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
     }
   }
   // unroll
-  for (var i = 0u; i < 32u; i++) {
-    if (row0 + i < rows.x && column < tile.end) {
-      put(row0 + i, column, c[i]);
-    }
+  for (var i = 0u; i < 32u; i += 2u) {
+    put(row0 + i, rows.x, column, tile.end, lane, c[i], c[i + 1u]);
   }
 }
 
@@ -245,8 +259,8 @@ fn nn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
   // unroll
   for (var g = 0u; g < 32u / LANES; g++) {
     let row = min(row0 + g * LANES + lane, last);
-    x_row[g] = (dims.x_offset + row * dims.x_stride) >> 3u;
-    lora_row[g] = (dims.lora_x0 + row * dims.lora_x_stride) >> 3u;
+    x_row[g] = (dims.x_offset + row * dims.x_stride) >> 2u;
+    lora_row[g] = (dims.lora_x0 + row * dims.lora_x_stride) >> 2u;
   }
   var c: array<vec4f, 32>;
   var a: array<vec4f, 8>;
@@ -254,9 +268,8 @@ fn nn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
   for (var k = 0u; k < inner; k += 8u) {
     // unroll
     for (var g = 0u; g < 32u / LANES; g++) {
-      let values = eight(x[x_row[g] + (k >> 3u)]);
-      a[g * 2u] = values[0];
-      a[g * 2u + 1u] = values[1];
+      a[g * 2u] = x[x_row[g] + (k >> 2u)];
+      a[g * 2u + 1u] = x[x_row[g] + (k >> 2u) + 1u];
     }
     // unroll
     for (var q = 0u; q < 8u; q++) {
@@ -268,9 +281,8 @@ fn nn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
     for (var r = 0u; r < rank; r += 8u) {
       // unroll
       for (var g = 0u; g < 32u / LANES; g++) {
-        let values = eight(lora_x[lora_row[g] + (r >> 3u)]);
-        a[g * 2u] = values[0];
-        a[g * 2u + 1u] = values[1];
+        a[g * 2u] = lora_x[lora_row[g] + (r >> 2u)];
+        a[g * 2u + 1u] = lora_x[lora_row[g] + (r >> 2u) + 1u];
       }
       // unroll
       for (var q = 0u; q < 8u; q++) {
@@ -280,10 +292,8 @@ fn nn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
     }
   }
   // unroll
-  for (var i = 0u; i < 32u; i++) {
-    if (row0 + i < rows.x && column < dims.n) {
-      put(row0 + i, column, c[i]);
-    }
+  for (var i = 0u; i < 32u; i += 2u) {
+    put(row0 + i, rows.x, column, dims.n, lane, c[i], c[i + 1u]);
   }
 }
 
@@ -295,12 +305,12 @@ fn tn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
   let count = rows.x;
   let stride = dims.w_stride;
   let w0 = dims.w_offset + safe;
-  let x_stride = dims.x_stride >> 3u;
+  let x_stride = dims.x_stride >> 2u;
   // The columns of x that this tile covers, eight by eight; past the end the last ones again.
   var x_column: array<u32, 4>;
   // unroll
   for (var q = 0u; q < 4u; q++) {
-    x_column[q] = (dims.x_offset + min(row0 + q * 8u, dims.m - 8u)) >> 3u;
+    x_column[q] = (dims.x_offset + min(row0 + q * 8u, dims.m - 8u)) >> 2u;
   }
   var c: array<vec4f, 32>;
   var a: array<vec4f, 8>;
@@ -312,9 +322,8 @@ fn tn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
     let source = min(mine, count - 1u) * x_stride;
     // unroll
     for (var q = 0u; q < 4u; q++) {
-      let values = eight(x[source + x_column[q]]);
-      a[q * 2u] = inside * values[0];
-      a[q * 2u + 1u] = inside * values[1];
+      a[q * 2u] = inside * x[source + x_column[q]];
+      a[q * 2u + 1u] = inside * x[source + x_column[q] + 1u];
     }
     // unroll
     for (var q = 0u; q < 8u; q++) {
@@ -331,9 +340,7 @@ fn tn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
     }
   }
   // unroll
-  for (var i = 0u; i < 32u; i++) {
-    if (row0 + i < dims.m && column < dims.n) {
-      put(row0 + i, column, c[i]);
-    }
+  for (var i = 0u; i < 32u; i += 2u) {
+    put(row0 + i, dims.m, column, dims.n, lane, c[i], c[i + 1u]);
   }
 }

@@ -3,6 +3,7 @@
  * in the WGSL, and found here by name.
  */
 import type { Gpu } from "./device.ts";
+import { type Image, imageOf, readImages } from "./image.ts";
 import type { Tensor } from "./tensor.ts";
 import { unroll } from "./unroll.ts";
 import subgroupLanes from "../../kernels/lanes_subgroup.wgsl" with { type: "text" };
@@ -17,6 +18,9 @@ export interface Dispatch {
   readonly pipeline: GPUComputePipeline;
   readonly bindGroup: GPUBindGroup;
   readonly grid: () => Grid;
+  /** What it reads as images, and the buffers that it writes. */
+  readonly images: readonly Image[];
+  readonly writes: readonly GPUBuffer[];
 }
 
 /** A command that is no dispatch: zero a tensor, or copy one into another. */
@@ -63,7 +67,8 @@ export interface Recording {
 
 interface Binding {
   readonly index: number;
-  readonly type: string;
+  readonly image: boolean;
+  readonly written: boolean;
 }
 
 /** One WGSL file. Recording is where names and constants are checked. */
@@ -81,10 +86,15 @@ export class Kernel {
     this.#gpu = gpu;
     this.name = name;
     const lanes = gpu.lanes === "subgroup" ? subgroupLanes : sharedLanes;
-    this.#source = /\blanes_\w+\(/.test(source) ? `${source}\n${lanes}` : source;
-    const declaration = /@group\(0\) @binding\((\d+)\) var(?:<[^>]*>)? (\w+): ([^;]+);/g;
-    for (const [, index, binding, type] of source.matchAll(declaration)) {
-      this.#bindings.set(binding!, { index: Number(index), type: type! });
+    const whole = /\blanes_\w+\(/.test(source) ? `${source}\n${lanes}` : source;
+    this.#source = gpu.lanes === "subgroup" ? readImages(whole) : whole;
+    const declaration = /@group\(0\) @binding\((\d+)\) var(<[^>]*>)? (\w+): ([^;]+);/g;
+    for (const [, index, space, binding, type] of this.#source.matchAll(declaration)) {
+      this.#bindings.set(binding!, {
+        index: Number(index),
+        image: type!.startsWith("texture_storage_2d"),
+        written: space?.includes("read_write") ?? false,
+      });
     }
     const struct = /struct Dims \{([^}]*)\}/.exec(source)?.[1] ?? "";
     this.#dims = [...struct.matchAll(/(\w+): (u32|f32)/g)].map(([, field, type]) => ({ name: field!, type: type! }));
@@ -94,14 +104,16 @@ export class Kernel {
   record(entry: string, { bind, constants = {}, dims, grid }: Recording): Dispatch {
     const label = `${this.name}.${entry}`;
     const pipeline = this.#pipeline(entry, constants);
-    const entries: GPUBindGroupEntry[] = [];
+    const entries: GPUBindGroupEntry[] = [], images: Image[] = [], writes: GPUBuffer[] = [];
     for (const [name, resource] of Object.entries(bind)) {
       const binding = this.#bindings.get(name);
       if (!binding) {
         throw new TypeError(`Cannot record ${label}: "${name}" is not one of ${[...this.#bindings.keys()].join(", ")}`);
       }
       const buffer = "buffer" in resource ? resource.buffer as GPUBuffer : resource;
-      entries.push({ binding: binding.index, resource: { buffer } });
+      if (binding.image) images.push(imageOf(this.#gpu, buffer));
+      if (binding.written) writes.push(buffer);
+      entries.push({ binding: binding.index, resource: binding.image ? images.at(-1)!.view : { buffer } });
     }
     if (dims && !this.#bindings.has("dims")) {
       throw new TypeError(`Cannot record ${label}: ${this.name}.wgsl has no dims`);
@@ -125,6 +137,8 @@ export class Kernel {
       pipeline,
       bindGroup,
       grid: typeof grid === "function" ? () => checked(grid()) : () => checked(grid),
+      images,
+      writes,
     };
   }
 

@@ -3,37 +3,76 @@
  * each where their times are wanted. Results stay on the GPU.
  */
 import type { Gpu } from "./device.ts";
-import type { Command, Dispatch } from "./kernel.ts";
+import { type Image, refresh, wrote } from "./image.ts";
+import type { Command, Dispatch, Grid } from "./kernel.ts";
 
 /** Encodes and submits `commands` in order. WebGPU puts the barriers where one command reads what another wrote. */
 export function run(gpu: Gpu, commands: readonly Command[]): void {
   gpu.queue.submit([encode(gpu, commands)]);
 }
 
-/** What `run` submits: to be submitted once, or to be dropped where only the time that this takes is wanted. */
+/**
+ * What `run` submits: to be submitted once, or, where only the time that this takes is wanted and the same commands ran
+ * before, to be dropped.
+ */
 export function encode(gpu: Gpu, commands: readonly Command[]): GPUCommandBuffer {
   const encoder = gpu.device.createCommandEncoder();
-  let pass: GPUComputePassEncoder | undefined;
-  let pipeline: GPUComputePipeline | undefined;
-  const endPass = () => {
-    pass?.end();
-    pass = pipeline = undefined;
+  let together: Dispatch[] = [];
+  const flush = () => {
+    for (const { images, dispatches } of passesOf(together)) {
+      for (const image of images) refresh(encoder, image);
+      encodePass(encoder.beginComputePass(), dispatches);
+    }
+    together = [];
   };
   for (const command of commands) {
-    if (!isDispatch(command)) {
-      endPass();
+    if (isDispatch(command)) {
+      together.push(command);
+    } else {
+      flush();
       encodeTransfer(encoder, command);
-      continue;
     }
-    const grid = command.grid();
-    if (!grid || grid[0] * grid[1] * grid[2] === 0) continue;
-    pass ??= encoder.beginComputePass();
-    if (pipeline !== command.pipeline) pass.setPipeline(pipeline = command.pipeline);
-    pass.setBindGroup(0, command.bindGroup);
+  }
+  flush();
+  return encoder.finish();
+}
+
+/** Dispatches that share a compute pass, with their grids, and the images that are copied before it. */
+interface Pass {
+  readonly images: Image[];
+  readonly dispatches: { readonly dispatch: Dispatch; readonly grid: NonNullable<Grid> }[];
+}
+
+/** Cuts a list where an image must be copied first, and leaves out what has nothing to do. */
+function passesOf(list: readonly Dispatch[]): Pass[] {
+  const passes: Pass[] = [];
+  let pass: Pass | undefined;
+  for (const dispatch of list) {
+    const grid = gridOf(dispatch);
+    if (!grid) continue;
+    const stale = dispatch.images.filter(({ fresh }) => !fresh);
+    if (!pass || stale.length > 0) passes.push(pass = { images: stale, dispatches: [] });
+    for (const image of stale) image.fresh = true;
+    for (const buffer of dispatch.writes) wrote(buffer);
+    pass.dispatches.push({ dispatch, grid });
+  }
+  return passes;
+}
+
+/** Workgroups of a dispatch; null where there are none. */
+function gridOf(dispatch: Dispatch): Grid {
+  const grid = dispatch.grid();
+  return grid && grid[0] * grid[1] * grid[2] > 0 ? grid : null;
+}
+
+function encodePass(pass: GPUComputePassEncoder, dispatches: Pass["dispatches"]): void {
+  let pipeline: GPUComputePipeline | undefined;
+  for (const { dispatch, grid } of dispatches) {
+    if (pipeline !== dispatch.pipeline) pass.setPipeline(pipeline = dispatch.pipeline);
+    pass.setBindGroup(0, dispatch.bindGroup);
     pass.dispatchWorkgroups(grid[0], grid[1], grid[2]);
   }
-  endPass();
-  return encoder.finish();
+  pass.end();
 }
 
 /** When one recorded dispatch ran on the device: `start` in ms after the first one began. */
@@ -50,7 +89,7 @@ export interface Timing {
 export async function profile(gpu: Gpu, commands: readonly Command[]): Promise<Timing[]> {
   const passes = commands.map((command) => isDispatch(command) ? [command] : command);
   const spans = await timePasses(gpu, passes);
-  const labels = commands.filter(isDispatch).filter((command) => command.grid() !== null).map(({ label }) => label);
+  const labels = commands.filter(isDispatch).filter((command) => gridOf(command) !== null).map(({ label }) => label);
   return spans.map(({ start, ms }, i) => ({ label: labels[i]!, start, ms }));
 }
 
@@ -65,7 +104,7 @@ const PASSES = 2048;
  * the empty ones left out. The wait for the device is not in the times.
  */
 export async function timePasses(gpu: Gpu, passes: readonly (readonly Dispatch[] | Command)[]): Promise<Span[]> {
-  const work = passes.filter((pass) => !isList(pass) || pass.some((dispatch) => dispatch.grid() !== null));
+  const work = passes.filter((pass) => !isList(pass) || pass.some((dispatch) => gridOf(dispatch) !== null));
   if (!gpu.timestamps) return await timeByWaiting(gpu, work);
   await gpu.queue.onSubmittedWorkDone();
   const began = performance.now(), stamps: bigint[] = [];
@@ -105,17 +144,17 @@ async function stampPasses(gpu: Gpu, work: readonly (readonly Dispatch[] | Comma
       encodeTransfer(encoder, entry as Exclude<Command, Dispatch>);
       continue;
     }
-    const timestampWrites = { querySet, beginningOfPassWriteIndex: query, endOfPassWriteIndex: query + 1 };
-    const pass = encoder.beginComputePass({ timestampWrites });
+    const passes = passesOf(entry), copied = passes.some(({ images }) => images.length > 0);
+    const begin = { querySet, beginningOfPassWriteIndex: query }, end = { querySet, endOfPassWriteIndex: query + 1 };
     query += 2;
-    for (const { pipeline, bindGroup, grid } of entry) {
-      const size = grid();
-      if (!size) continue;
-      pass.setPipeline(pipeline);
-      pass.setBindGroup(0, bindGroup);
-      pass.dispatchWorkgroups(...size);
-    }
-    pass.end();
+    // Copies are between passes: then the first stamp is in an empty one before them.
+    if (copied) encoder.beginComputePass({ timestampWrites: begin }).end();
+    passes.forEach(({ images, dispatches }, i) => {
+      for (const image of images) refresh(encoder, image);
+      const first = i === 0 && !copied, last = i === passes.length - 1;
+      const timestampWrites = { ...(first ? begin : {}), ...(last ? end : {}) } as GPUComputePassTimestampWrites;
+      encodePass(encoder.beginComputePass(first || last ? { timestampWrites } : {}), dispatches);
+    });
   }
   encoder.resolveQuerySet(querySet, 0, count, resolved, 0);
   encoder.copyBufferToBuffer(resolved, 0, staging, 0, size);
@@ -143,6 +182,7 @@ async function timeByWaiting(gpu: Gpu, work: readonly (readonly Dispatch[] | Com
 }
 
 function encodeTransfer(encoder: GPUCommandEncoder, command: Exclude<Command, Dispatch>): void {
+  wrote("clear" in command ? command.clear.buffer : command.copy.to.buffer);
   if ("clear" in command) return encoder.clearBuffer(command.clear.buffer);
   const { from, to, bytes } = command.copy;
   encoder.copyBufferToBuffer(from.buffer, 0, to.buffer, 0, bytes);

@@ -3,6 +3,7 @@
  * counting: row-major, the last axis contiguous, destroyed by whoever made them.
  */
 import type { Gpu } from "./device.ts";
+import { destroyImage, wrote } from "./image.ts";
 
 /** Element types as they lie in the buffer; two f16 or bf16 share a 32-bit word, four u8 do. */
 export type Storage = "f32" | "u32" | "f16" | "bf16" | "u8";
@@ -40,6 +41,14 @@ export function createTensor(
   return { name, shape, dtype, bytes, buffer: gpu.device.createBuffer({ label: name, size: bytes, usage }) };
 }
 
+/** Frees what tensors hold on the GPU. */
+export function destroyTensors(tensors: Iterable<Tensor>): void {
+  for (const { buffer } of tensors) {
+    destroyImage(buffer);
+    buffer.destroy();
+  }
+}
+
 /** Upload pieces of this size: a staging copy of each piece lives until its submit is done. */
 const CHUNK = 32 << 20;
 
@@ -50,6 +59,7 @@ export async function upload(gpu: Gpu, tensor: Tensor, data: ArrayBufferView, of
       `Cannot write "${tensor.name}": ${data.byteLength} bytes from ${offset} on do not fit into ${tensor.bytes}`,
     );
   }
+  wrote(tensor.buffer);
   const bytes = new Uint8Array(data.buffer as ArrayBuffer, data.byteOffset, data.byteLength);
   for (let at = 0; at < bytes.length; at += CHUNK) {
     const piece = bytes.subarray(at, Math.min(at + CHUNK, bytes.length));

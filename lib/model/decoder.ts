@@ -5,7 +5,7 @@
 import type { Gpu } from "../gpu/device.ts";
 import { type Command, createRows, type Rows } from "../gpu/kernel.ts";
 import { run } from "../gpu/program.ts";
-import { createTensor, type Tensor } from "../gpu/tensor.ts";
+import { createTensor, destroyTensors, type Tensor } from "../gpu/tensor.ts";
 import { type Cache, createAttentionDecode, NO_SLOT } from "../ops/attention_decode.ts";
 import { createMatvec, rowBlock } from "../ops/matvec.ts";
 import { decode, forward } from "./layer.ts";
@@ -215,7 +215,7 @@ export class Decoder {
     const all = [...this.#reading.rows, ...this.#writing.rows].map(({ tensor }) => tensor);
     for (const { keys, values } of this.#caches) all.push(keys, values);
     all.push(this.#slots.reading, this.#slots.writing, this.#staging);
-    for (const { buffer } of all) buffer.destroy();
+    destroyTensors(all);
   }
 }
 

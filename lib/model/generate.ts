@@ -3,6 +3,7 @@
  * an answer ends. A place that becomes free goes to the next prompt. An answer does not depend on what is written beside it.
  */
 import { openGpu } from "../gpu/device.ts";
+import { destroyTensors } from "../gpu/tensor.ts";
 import { type Adapter, readAdapter } from "./adapter.ts";
 import { readConfig } from "./config.ts";
 import { Decoder, type ModelParts } from "./decoder.ts";
@@ -81,7 +82,7 @@ export async function createGenerator(options: GeneratorOptions): Promise<Genera
       decoder.destroy();
       if (typeof model !== "string") return;
       const all = [...parts.weights.tensors, ...(parts.lora ?? []).flatMap(({ params, grads }) => [params, grads])];
-      for (const { buffer } of all) buffer.destroy();
+      destroyTensors(all);
       parts.ops.rope.destroy();
     },
   };

@@ -5,7 +5,7 @@
 import { type Gpu, openGpu } from "../gpu/device.ts";
 import { type Command, createRows, type Rows } from "../gpu/kernel.ts";
 import { run } from "../gpu/program.ts";
-import { createTensor, download, downloadBytes, type Tensor } from "../gpu/tensor.ts";
+import { createTensor, destroyTensors, download, downloadBytes, type Tensor } from "../gpu/tensor.ts";
 import { createDropout } from "../ops/dropout.ts";
 import { type Adapter, readAdapter } from "./adapter.ts";
 import { type ModelConfig, readConfig } from "./config.ts";
@@ -239,7 +239,7 @@ export class Llama {
     const { weights, lora, plan, groups } = this;
     const all = [...weights.tensors, ...plan.rows.map(({ tensor }) => tensor), ...groups.map(({ grad }) => grad)];
     for (const { params, grads } of lora ?? []) all.push(params, grads);
-    for (const { buffer } of all) buffer.destroy();
+    destroyTensors(all);
     this.ops.rope.destroy();
   }
 

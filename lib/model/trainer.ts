@@ -3,6 +3,7 @@
  * later in one go. When to evaluate, save or stop is the script's business.
  */
 import { hash32 } from "../data/random.ts";
+import { imageBytes } from "../gpu/image.ts";
 import type { Command } from "../gpu/kernel.ts";
 import { profile, run, type Timing } from "../gpu/program.ts";
 import { download, upload } from "../gpu/tensor.ts";
@@ -79,6 +80,9 @@ export class Trainer {
     const { weights, lora, groups, plan } = this.llama;
     const size = (tensors: Iterable<{ readonly bytes: number }>) => [...tensors].reduce((sum, t) => sum + t.bytes, 0);
     const { kept, scratch, batch } = planBytes(plan);
+    const tensors = [...weights.tensors, ...groups.flatMap(({ param, grad }) => [param, grad])];
+    const buffers = new Set([...tensors, ...plan.rows.map(({ tensor }) => tensor)].map(({ buffer }) => buffer));
+    const images = [...buffers].reduce((sum, buffer) => sum + imageBytes(buffer), 0);
     return {
       weights: size(weights.tensors),
       adapter: size((lora ?? []).map(({ params }) => params)),
@@ -86,6 +90,7 @@ export class Trainer {
       "optimizer state": size(this.optimizer.state.values()),
       "kept activations": kept,
       "scratch and batch": scratch + batch,
+      ...(images > 0 ? { "images of these": images } : {}),
     };
   }
 

@@ -109,7 +109,7 @@ function formsOf(gpu: Gpu, choose: typeof chooseTile): (rows: number, columns: n
 export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
   const formOf = formsOf(gpu, choose);
   const nothing = createTensor(gpu, { name: "matmul.nothing", shape: [8] });
-  // CPU kernels read x eight numbers at a time.
+  // CPU kernels write eight numbers at a time.
   const unit = gpu.lanes === "subgroup" ? 8 : 4;
 
   const record = (entry: "nt" | "nn" | "tn", p: Product): Dispatch => {
@@ -118,6 +118,7 @@ export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
     check(entry, p, unit);
     const end0 = segments[0]?.columns ?? n, end1 = end0 + (segments[1]?.columns ?? n - end0);
     const stride = (o: Operand) => o.stride ?? o.tensor.shape.at(-1)!;
+    const plus = p.plus === "out" ? 2 : p.plus ? 1 : 0;
     const lane = (i: number) => segments[i] ?? { r: 0, x: 0, w: 0 };
     // Rows may change from run to run, but never beyond what the result's tensor holds.
     const { kernel, constants, high, wide } = formOf(entry === "tn" ? m : p.out.tensor.shape[0]!, n);
@@ -128,14 +129,13 @@ export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
       constants: {
         ...constants,
         W_TYPE: W_TYPE[p.w.tensor.dtype]!,
-        ...(gpu.lanes === "subgroup" && lora ? { LORA: 1 } : {}),
+        ...(gpu.lanes === "subgroup" ? { PLUS: plus, LORA: lora ? 1 : 0 } : {}),
       },
       bind: {
         rows: p.rows.buffer,
         x: p.x.tensor,
         w: p.w.tensor,
-        ...(entry === "nt" ? {} : { w_half: p.w.tensor }),
-        ...(entry === "nt" && gpu.lanes === "subgroup" ? { w_wide: p.w.tensor } : {}),
+        ...(entry === "nt" || gpu.lanes === "subgroup" ? {} : { w_half: p.w.tensor }),
         ...(entry === "tn" ? {} : { lora_x: lora?.x.tensor ?? nothing, lora_w: lora?.w ?? nothing }),
         add: p.plus && p.plus !== "out" ? p.plus : nothing,
         out: p.out.tensor,
@@ -164,7 +164,7 @@ export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
         r1: lane(1).r,
         r2: lane(2).r,
         scale: p.scale ?? 1,
-        plus: p.plus === "out" ? 2 : p.plus ? 1 : 0,
+        ...(gpu.lanes === "subgroup" ? {} : { plus }),
       },
       grid: () => entry === "tn" ? [columns, tiles(m, high), 1] : [columns, tiles(p.rows.count, high), 1],
     });
@@ -176,14 +176,14 @@ const tiles = (size: number, tile: number) => Math.ceil(size / tile);
 /** Kernels load whole vec4s and take what does not fit for something else, so sizes are refused here. */
 function check(entry: string, { x, w, out, n, k = 0, m = 0, lora }: Product, unit: number): void {
   const name = `"${out.tensor.name}" = ${entry}("${x.tensor.name}", "${w.tensor.name}")`;
-  if (n % 4 || m % unit || k % 8) {
-    throw new RangeError(`Cannot multiply ${name}: n ${n} must be a multiple of 4, m ${m} of ${unit}, k ${k} of 8`);
+  if (n % unit || m % unit || k % 8) {
+    throw new RangeError(`Cannot multiply ${name}: n ${n} and m ${m} must be multiples of ${unit}, k ${k} of 8`);
   }
   if (W_TYPE[w.tensor.dtype] === undefined) {
     throw new TypeError(`Cannot multiply ${name}: weights are ${w.tensor.dtype}`);
   }
-  const wide = entry === "nt" && (unit === 8 || w.tensor.dtype !== "f32");
-  const steps = [[x, unit], [w, wide ? 8 : 4], [out, 4]] as const;
+  const wide = entry === "nt" && w.tensor.dtype !== "f32";
+  const steps = [[x, 4], [w, wide ? 8 : 4], [out, unit]] as const;
   const bad = steps.find(([{ offset = 0, stride = 0 }, step]) => offset % step || stride % step);
   if (bad) {
     throw new RangeError(
@@ -195,10 +195,10 @@ function check(entry: string, { x, w, out, n, k = 0, m = 0, lora }: Product, uni
   const columns = segments.reduce((sum, segment) => sum + segment.columns, 0);
   const most = entry === "nt" ? 3 : 1;
   if (
-    segments.length > most || columns !== n || segments.some((s) => s.columns % 4 || s.r % 8 || s.x % unit || s.w % 4)
+    segments.length > most || columns !== n || segments.some((s) => s.columns % unit || s.r % 8 || s.x % 4 || s.w % 4)
   ) {
     throw new RangeError(
-      `Cannot multiply ${name}: at most ${most} low-rank segments must cover the ${n} columns, in fours, with ranks in eights`,
+      `Cannot multiply ${name}: at most ${most} low-rank segments must cover the ${n} columns, in units of ${unit}, with ranks in eights`,
     );
   }
   if (ranks.size > 1) throw new RangeError(`Cannot multiply ${name}: segments have ranks ${[...ranks]}: one is wanted`);

@@ -123,32 +123,32 @@ const GAP = [8, 16] as const;
 
 const CASES: Record<Entry, readonly Case[]> = {
   nt: [
-    ...ROWS.flatMap((M) => DTYPES.map((w): Case => ({ size: [M, 36, 72], w }))),
+    ...ROWS.flatMap((M) => DTYPES.map((w): Case => ({ size: [M, 40, 72], w }))),
     ...DTYPES.map((w): Case => ({ size: [33, 64, 2752], w })),
     ...DTYPES.map((w): Case => ({ size: [33, 40, 24], w, gap: GAP, plus: "out", scale: 0.37 })),
-    { size: [1, 4, 8] },
-    { size: [40, 132, 64], plus: "tensor", gap: GAP },
-    { size: [33, 36, 8], ranks: [8], columns: [36], gap: GAP },
+    { size: [1, 8, 8] },
+    { size: [40, 136, 64], plus: "tensor", gap: GAP },
+    { size: [33, 40, 8], ranks: [8], columns: [40], gap: GAP },
     { size: [31, 72, 64], ranks: [16, 16], columns: [40, 32], w: "f16" },
-    { size: [65, 92, 64], ranks: [0, 8, 8], columns: [36, 36, 20], w: "bf16", scale: 2, plus: "out" },
-    { size: [32, 92, 64], ranks: [16, 0, 16], columns: [36, 36, 20], w: "f16", scale: -0.5, plus: "tensor" },
-    { size: [5, 92, 16], ranks: [8, 8, 0], columns: [36, 20, 36] },
+    { size: [65, 104, 64], ranks: [0, 8, 8], columns: [40, 40, 24], w: "bf16", scale: 2, plus: "out" },
+    { size: [32, 104, 64], ranks: [16, 0, 16], columns: [40, 40, 24], w: "f16", scale: -0.5, plus: "tensor" },
+    { size: [5, 104, 16], ranks: [8, 8, 0], columns: [40, 24, 40] },
   ],
   nn: [
-    ...ROWS.flatMap((M) => DTYPES.map((w): Case => ({ size: [M, 36, 72], w }))),
+    ...ROWS.flatMap((M) => DTYPES.map((w): Case => ({ size: [M, 40, 72], w }))),
     ...DTYPES.map((w): Case => ({ size: [33, 64, 2752], w })),
     ...DTYPES.map((w): Case => ({ size: [33, 40, 24], w, gap: GAP, plus: "out", scale: 0.37 })),
-    { size: [1, 4, 8] },
-    { size: [40, 132, 64], plus: "tensor", gap: GAP },
-    { size: [33, 36, 8], ranks: [8], columns: [36], gap: GAP },
+    { size: [1, 8, 8] },
+    { size: [40, 136, 64], plus: "tensor", gap: GAP },
+    { size: [33, 40, 8], ranks: [8], columns: [40], gap: GAP },
     { size: [65, 72, 64], ranks: [48], columns: [72], w: "f16", scale: 2, plus: "out" },
-    { size: [31, 132, 64], ranks: [16], columns: [132], w: "bf16", plus: "tensor" },
+    { size: [31, 136, 64], ranks: [16], columns: [136], w: "bf16", plus: "tensor" },
   ],
   tn: [
-    ...ROWS.flatMap((K) => DTYPES.slice(0, 2).map((w): Case => ({ size: [40, 36, K], w }))),
+    ...ROWS.flatMap((K) => DTYPES.slice(0, 2).map((w): Case => ({ size: [40, 40, K], w }))),
     ...DTYPES.slice(0, 2).map((w): Case => ({ size: [40, 8, 33], w, gap: GAP, plus: "out", scale: 0.37 })),
-    { size: [8, 4, 1] },
-    { size: [200, 132, 2752], plus: "out" },
+    { size: [8, 8, 1] },
+    { size: [200, 136, 2752], plus: "out" },
     { size: [64, 96, 5], plus: "tensor" },
   ],
 };
@@ -169,15 +169,16 @@ gpuTest("createMatmul() refuses what its kernels cannot load", async ({ gpu, inp
   const out = { tensor: output("y", { shape: [8, 8] }) };
   const product = { rows: rows(8), x, w: x, out, n: 8, k: 8 };
   const lora = (segments: LoraOperands["segments"]) => ({ x, w: x.tensor, segments });
-  const part = { columns: 4, r: 8, x: 0, w: 0 };
+  const part = { columns: 8, r: 8, x: 0, w: 0 };
   const refused = (given: Partial<Product>, message: string, entry: Entry = "nt") =>
     assertThrows(() => matmul[entry]({ ...product, ...given }), Error, message);
-  refused({ n: 6 }, 'Cannot multiply "y" = nt("x", "x"): n 6 must be a multiple of 4, m 0 of 8, k 8 of 8');
+  refused({ n: 6 }, 'Cannot multiply "y" = nt("x", "x"): n 6 and m 0 must be multiples of 8, k 8 of 8');
   refused({ k: 4 }, "k 4 of 8");
   refused({ w: { tensor: { ...x.tensor, dtype: "u8" } } }, "weights are u8");
-  refused({ x: { ...x, offset: 2 } }, 'offset and stride of "x" must be multiples of 8');
+  refused({ x: { ...x, offset: 2 } }, 'offset and stride of "x" must be multiples of 4');
+  refused({ out: { ...out, offset: 4 } }, 'offset and stride of "y" must be multiples of 8');
   refused({ w: { ...half, offset: 4 } }, 'offset and stride of "w" must be multiples of 8');
-  refused({ lora: lora([part]) }, "at most 3 low-rank segments must cover the 8 columns");
+  refused({ lora: lora([{ ...part, columns: 4 }]) }, "at most 3 low-rank segments must cover the 8 columns");
   refused({ lora: lora([part, part]) }, "at most 1 low-rank segments must cover", "nn");
-  refused({ lora: lora([part, { ...part, r: 16 }]) }, "segments have ranks 8,16: one is wanted");
+  refused({ n: 16, lora: lora([part, { ...part, r: 16 }]) }, "segments have ranks 8,16: one is wanted");
 }, { models: ["subgroup"] });

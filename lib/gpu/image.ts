@@ -1,0 +1,99 @@
+/**
+ * Images: tensors read as texels of 16 bytes. A CPU driver loads from a buffer lane by lane with a branch for each, but gathers
+ * texels in straight code, several times as fast. An image is a copy; `run` makes it anew after its tensor was written.
+ */
+import type { Gpu } from "./device.ts";
+
+/** A row of an image: texel `i` of a tensor lies at `(i % TEXELS, i / TEXELS)`. */
+const TEXELS = 8192, TEXEL_BYTES = 16;
+
+/**
+ * Turns bindings of a WGSL file that stand under a line `// image` into images, and what reads them into loads of texels. They
+ * are arrays of vec4f or vec4u; the file stays valid WGSL and computes the same without this.
+ */
+export function readImages(source: string): string {
+  const mark = /^\/\/ image\n(@group\(0\) @binding\(\d+\)) var<storage, read> (\w+): array<(vec4[fu])>;/gm;
+  let text = source;
+  for (const [declaration, place, name, type] of source.matchAll(mark)) {
+    text = text.replace(declaration, `${place} var ${name}: texture_storage_2d<rgba32uint, read>;`);
+    text = replaceReads(text, name!, type!);
+  }
+  return text;
+}
+
+function replaceReads(text: string, name: string, type: string): string {
+  const head = new RegExp(`(?<![.\\w])${name}\\[`).exec(text);
+  if (!head) return text;
+  const open = head.index + head[0].length;
+  let close = open;
+  for (let depth = 1; depth > 0; close++) depth += text[close] === "[" ? 1 : text[close] === "]" ? -1 : 0;
+  const index = text.slice(open, close - 1);
+  const texel = `textureLoad(${name}, vec2u((${index}) % ${TEXELS}u, (${index}) / ${TEXELS}u))`;
+  const load = type === "vec4f" ? `bitcast<vec4f>(${texel})` : texel;
+  return `${text.slice(0, head.index)}${load}${replaceReads(text.slice(close), name, type)}`;
+}
+
+/** What a tensor's image is made of. */
+export interface Image {
+  readonly buffer: GPUBuffer;
+  readonly texture: GPUTexture;
+  readonly view: GPUTextureView;
+  /** False where the tensor was written since the last copy. */
+  fresh: boolean;
+}
+
+const images = new WeakMap<GPUBuffer, Image>();
+
+/** The image of a tensor's buffer, made on first use. Throws `RangeError` where the device's textures are too small. */
+export function imageOf(gpu: Gpu, buffer: GPUBuffer): Image {
+  const known = images.get(buffer);
+  if (known) return known;
+  const texels = buffer.size / TEXEL_BYTES, height = Math.ceil(texels / TEXELS);
+  const limit = gpu.limits.maxTextureDimension2D;
+  if (height > limit) {
+    throw new RangeError(
+      `Cannot read "${buffer.label}" as an image: ${buffer.size} bytes are more than ${limit * TEXELS * TEXEL_BYTES}`,
+    );
+  }
+  const texture = gpu.device.createTexture({
+    label: buffer.label,
+    size: [Math.min(texels, TEXELS), height],
+    format: "rgba32uint",
+    usage: GPUTextureUsage.STORAGE_BINDING | GPUTextureUsage.COPY_DST,
+  });
+  const image = { buffer, texture, view: texture.createView(), fresh: false };
+  images.set(buffer, image);
+  return image;
+}
+
+/** Says that a buffer was written: its image, if it has one, is copied again before the next use. */
+export function wrote(buffer: GPUBuffer): void {
+  const image = images.get(buffer);
+  if (image) image.fresh = false;
+}
+
+/** Encodes the copy of a tensor into its image. */
+export function refresh(encoder: GPUCommandEncoder, { buffer, texture }: Image): void {
+  const { width, height } = texture;
+  const rest = buffer.size / TEXEL_BYTES - width * (height - 1), bytesPerRow = TEXELS * TEXEL_BYTES;
+  const copy = (y: number, columns: number, rows: number) =>
+    encoder.copyBufferToTexture(
+      { buffer, offset: y * bytesPerRow, bytesPerRow },
+      { texture, origin: [0, y] },
+      [columns, rows],
+    );
+  if (height > 1) copy(0, width, height - 1);
+  copy(height - 1, rest, 1);
+}
+
+/** Bytes that the image of a buffer takes; 0 where it has none. */
+export function imageBytes(buffer: GPUBuffer): number {
+  const image = images.get(buffer);
+  return image ? image.texture.width * image.texture.height * TEXEL_BYTES : 0;
+}
+
+/** Frees the image of a buffer, if it has one. */
+export function destroyImage(buffer: GPUBuffer): void {
+  images.get(buffer)?.texture.destroy();
+  images.delete(buffer);
+}
