@@ -18,10 +18,12 @@ import { listCheckpoints, loadCheckpoint, pruneCheckpoints, saveCheckpoint } fro
 import { readConfig, readJsonObject } from "../lib/model/config.ts";
 import { copyFolder, saveTrained } from "../lib/model/save.ts";
 import { learningRate, plannedSteps, warmupSteps } from "../lib/model/schedule.ts";
+import { tileRows } from "../lib/model/tiles.ts";
 import { Trainer } from "../lib/model/trainer.ts";
+import { openCache } from "../lib/run/cache.ts";
 import { byRecipe, checkNumbers, choice, flags } from "../lib/run/flags.ts";
 import { beginStage, checkInput, readManifest, writeAtomic } from "../lib/run/manifest.ts";
-import { bytes, count, duration, percent, table } from "../lib/run/print.ts";
+import { bytes, count, duration, percent, type Progress, progress, table } from "../lib/run/print.ts";
 import { openRunLog } from "../lib/run/run_log.ts";
 
 const opt = flags(import.meta, {
@@ -89,7 +91,14 @@ const tokens = Math.max(mostTokens(train, opt.batchSize), ...evaluation.batches.
 // 2. The model on the GPU, its memory as a table.
 const began = performance.now();
 const adapter = mode === "full" ? undefined : readAdapter(opt.adapter, config);
-const trainer = await Trainer.open({ ...opt, adapter, tokens, train: mode === "full" ? "full" : "lora", hyper: opt });
+const tiles = openCache("tiles");
+let choosing: Progress | undefined;
+const trainer = await Trainer.open({
+  ...{ ...opt, adapter, tokens, train: mode === "full" ? "full" : "lora", hyper: opt, tiles },
+  onTile: (done, all) => (choosing ??= progress("tiles, chosen once per device", all)).tick(done),
+});
+choosing?.end();
+await tiles.save();
 const { gpu } = trainer.llama;
 const trainable = trainer.trainable, memory = trainer.memory();
 const gpuBytes = Object.values(memory).reduce((sum, n) => sum + n, 0);
@@ -101,6 +110,7 @@ console.log(table([
   ...Object.entries(memory).map(([name, n]) => [`GPU: ${name}`, bytes(n)]),
   ["GPU: in all", bytes(gpuBytes)],
 ]));
+if (opt.verbose) console.log(`\n${table(tileRows(trainer.llama.tiles), { header: true })}`);
 
 // 3. Where an interrupted run left it.
 const checkpoints = `${opt.out}/checkpoints`;

@@ -16,7 +16,9 @@ import { readConfig } from "../lib/model/config.ts";
 import { type Answer, generateAll } from "../lib/model/generate.ts";
 import { Llama } from "../lib/model/llama.ts";
 import { bootstrapDifference, measurePerplexity, type Perplexity } from "../lib/model/perplexity.ts";
+import { tileRows } from "../lib/model/tiles.ts";
 import { checkSampling } from "../lib/model/sample.ts";
+import { openCache } from "../lib/run/cache.ts";
 import { byRecipe, flags } from "../lib/run/flags.ts";
 import { beginStage, readManifest, writeAtomic } from "../lib/run/manifest.ts";
 import { count, percent, progress, table } from "../lib/run/print.ts";
@@ -206,7 +208,10 @@ async function examine(
   { model, adapter }: { readonly model: string; readonly adapter?: string },
   prompts: readonly (readonly number[])[],
 ) {
-  const llama = await Llama.open({ model, adapter, tokens, resident: true });
+  const tiles = openCache("tiles");
+  const llama = await Llama.open({ model, adapter, tokens, resident: true, tiles });
+  await tiles.save();
+  if (opt.verbose) console.log(`\n${table(tileRows(llama.tiles), { header: true })}\n`);
   const reading = progress(`${name}: test rows`, order.length);
   const done = (i: number) => reading.tick(which.slice(0, i).reduce((sum, rows) => sum + rows.length, 0));
   const losses = await measurePerplexity(llama, { batches, rows: which.map((rows) => rows.length), onBatch: done });

@@ -10,6 +10,7 @@
  */
 import { openGpu } from "../lib/gpu/device.ts";
 import { headChunk } from "../lib/model/plan.ts";
+import { tilesOf } from "../lib/ops/matmul.ts";
 import { checkNumbers, choice, flags } from "../lib/run/flags.ts";
 import { writeJson } from "../lib/run/manifest.ts";
 import { bytes, count, percent, table } from "../lib/run/print.ts";
@@ -17,7 +18,7 @@ import { attentionCases, decodingCases } from "./bench/attention.ts";
 import { benchGenerate, generateCases, type GenerateResult } from "./bench/generate.ts";
 import { driverVersion } from "./bench/host.ts";
 import { memoryCases } from "./bench/kernels.ts";
-import { CPU_TARGET, productCases, products, tilesToTry } from "./bench/matmul.ts";
+import { CPU_TARGET, productCases, products } from "./bench/matmul.ts";
 import { benchCase, type Case, type KernelResult } from "./bench/measure.ts";
 import { measurePeaks } from "./bench/peaks.ts";
 import { blogConfig } from "./bench/problem.ts";
@@ -107,7 +108,7 @@ if (wanted("generate")) {
 // 4. Tiles, last because they are many.
 if (opt.sweep && wanted("matmul") && gpu.lanes === "shared") {
   const large = products({ tokens, chunk }).filter(({ M, N }) => M > 64 && N > 64);
-  await benchAll("Tiles", large.flatMap((of) => tilesToTry(gpu).map((tile) => product(of, tile))));
+  await benchAll("Tiles", large.flatMap((of) => tilesOf(gpu).map((tile) => product(of, tile))));
 }
 await save();
 if (skipped.length > 0) {

@@ -16,6 +16,7 @@ import { createLora, type LayerLora, type LoraDropout, readSlots } from "./lora.
 import { createOps, type Ops } from "./ops.ts";
 import type { ParameterGroup } from "./optimizer.ts";
 import { createPlan, headChunk, type Plan } from "./plan.ts";
+import { chooseTiles, type ChosenTile, type TileCache } from "./tiles.ts";
 import { loadWeights, type Weights } from "./weights.ts";
 
 /** Packed documents: positions restart at 0 where one begins; `targets[i]` is the token that token i predicts, or −100. */
@@ -42,6 +43,10 @@ export interface LlamaOptions {
   readonly inputGradient?: boolean;
   /** The device; the process's own by default. */
   readonly gpu?: Gpu;
+  /** Where measured tiles of the products are kept; without it they follow a rule. */
+  readonly tiles?: TileCache;
+  /** Called while tiles are measured. */
+  readonly onTile?: (done: number, total: number) => void;
 }
 
 /** Sums of losses that are remembered on the GPU before they have to be read. */
@@ -57,6 +62,8 @@ export class Llama {
   readonly plan: Plan;
   /** What learns, for the optimizer. */
   readonly groups: readonly ParameterGroup[];
+  /** Tiles of the products that were chosen when the model was opened. */
+  tiles: readonly ChosenTile[] = [];
   readonly #full: FullGradients | undefined;
   readonly #rows: Rows;
   readonly #head: Head;
@@ -170,7 +177,19 @@ export class Llama {
       chunk,
     });
     const full = train === "full" ? createFullGradients(gpu, { config, weights, tokens }) : undefined;
-    return new Llama(gpu, { config, ops, weights, lora, plan, full, dropout }, { checkpointing, inputGradient });
+    const parts = { config, ops, weights, lora, plan, full, dropout };
+    const llama = new Llama(gpu, parts, { checkpointing, inputGradient });
+    if (options.tiles && ops.matmul.choices.length > 0) await llama.#chooseTiles(options.tiles, options.onTile);
+    return llama;
+  }
+
+  /** Chooses tiles with as many rows as there can be. */
+  async #chooseTiles(cache: TileCache, onShape: LlamaOptions["onTile"]): Promise<void> {
+    const all = Array.from({ length: this.plan.batch.ids.shape[0]! }, (_, i) => i);
+    const positionIds = all.map((i) => i % this.config.max_position_embeddings), zeros = all.map(() => 0);
+    this.#set({ inputIds: zeros, positionIds, targets: zeros }, { items: 1, slot: 0 });
+    this.tiles = await chooseTiles(this.gpu, this.ops.matmul, { cache, ...(onShape && { onShape }) });
+    this.zeroGradients();
   }
 
   /** Uploads a micro-batch; `slot` is where its loss is summed, `items` the labelled tokens that the loss averages over. */

@@ -53,6 +53,16 @@ export interface Product {
   readonly plus?: Tensor | "out" | undefined;
 }
 
+/** A recorded product whose tile may be changed: the bits of the result do not depend on it. */
+export interface ProductChoice {
+  /** `nt 4096 x 2048 x 1024, f16 weights, ranks 16 16 16`: most rows, columns and inner length. */
+  readonly shape: string;
+  /** The same product with another tile. */
+  with(tile: Tile): Dispatch;
+  /** Changes the recorded product itself. */
+  use(tile: Tile): void;
+}
+
 /** Records the three kinds of product. */
 export interface Matmul {
   /** `out[rows, n] = scale · x[rows, k] · w[n, k]ᵀ`, with low-rank segments. */
@@ -61,6 +71,10 @@ export interface Matmul {
   nn(product: Product): Dispatch;
   /** `out[m, n] = scale · x[rows, m]ᵀ · w[rows, n]`: the inner axis is the rows. */
   tn(product: Product): Dispatch;
+  /** The products recorded up to here that have a choice of tiles: on GPUs those with more than 64 rows and columns. */
+  readonly choices: readonly ProductChoice[];
+  /** The kernels that tiles are of. */
+  readonly source: string;
 }
 
 const W_TYPE: Partial<Record<Storage, number>> = { f32: 0, f16: 1, bf16: 2 };
@@ -82,15 +96,34 @@ export type Tile = "narrow" | { readonly BM: number; readonly BN: number; readon
 /** Tiles of 128 by 128 that fill a large GPU; fewer leave processors idle. */
 const ENOUGH = 128;
 
-/** The tile for a result of at most `[rows, columns]` on a GPU. */
+/** The tile for a result of at most `[rows, columns]` on a GPU where none was measured. */
 export function chooseTile(rows: number, columns: number): Tile {
   if (Math.min(rows, columns) <= 64) return "narrow";
   if (tiles(rows, 128) * tiles(columns, 128) < ENOUGH) return { BM: 64, BN: 64, BK: 32 };
   return { BM: 128, BN: 128, BK: 16 };
 }
 
-/** The forms for this device, by the size of the result. */
-function formsOf(gpu: Gpu, choose: typeof chooseTile): (rows: number, columns: number) => Form {
+/** Tiles to compare on a GPU: all that the kernel and `gpu` can hold. */
+export function tilesOf(gpu: Gpu): readonly Exclude<Tile, "narrow">[] {
+  const tiles = [
+    { BM: 128, BN: 128, BK: 16 },
+    { BM: 128, BN: 128, BK: 16, BAND: 2 },
+    { BM: 128, BN: 128, BK: 16, BAND: 32 },
+    { BM: 128, BN: 128, BK: 32 },
+    { BM: 128, BN: 64, BK: 32 },
+    { BM: 64, BN: 128, BK: 32 },
+    { BM: 64, BN: 64, BK: 32 },
+  ];
+  return tiles.filter(({ BM, BN, BK }) => (BM + BN) * BK * 4 <= gpu.limits.maxComputeWorkgroupStorageSize);
+}
+
+/** A tile in words. */
+export function tileName(tile: Tile): string {
+  return tile === "narrow" ? tile : `${tile.BM}x${tile.BN}x${tile.BK}${tile.BAND ? ` band ${tile.BAND}` : ""}`;
+}
+
+/** The forms for this device, by the size of the result and, on a GPU, its tile. */
+function formsOf(gpu: Gpu): (rows: number, columns: number, tile: Tile) => Form {
   if (gpu.lanes === "subgroup") {
     const kernel = new Kernel(gpu, "matmul_subgroup", subgroupSource);
     const form = { kernel, constants: { LANES: gpu.subgroup }, high: 32, wide: 4 * gpu.subgroup };
@@ -98,21 +131,35 @@ function formsOf(gpu: Gpu, choose: typeof chooseTile): (rows: number, columns: n
   }
   const narrow = new Kernel(gpu, "matmul_narrow", `${narrowSource}\n${operandsSource}`);
   const tiled = new Kernel(gpu, "matmul_tiled", `${tiledSource}\n${operandsSource}`);
-  return (rows, columns) => {
-    const tile = choose(rows, columns);
+  return (_rows, _columns, tile) => {
     if (tile === "narrow") return { kernel: narrow, constants: {}, high: 16, wide: 16 };
     return { kernel: tiled, constants: { ...tile }, high: tile.BM, wide: tile.BN };
   };
 }
 
-/** Makes the products for this device; `choose` is asked for the tile where it is a GPU. */
+/** Makes the products for this device; `choose` is asked for the first tile where it is a GPU. */
 export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
-  const formOf = formsOf(gpu, choose);
+  const formOf = formsOf(gpu), choices: ProductChoice[] = [];
   const nothing = createTensor(gpu, { name: "matmul.nothing", shape: [8] });
   // CPU kernels write eight numbers at a time.
   const unit = gpu.lanes === "subgroup" ? 8 : 4;
 
   const record = (entry: "nt" | "nn" | "tn", p: Product): Dispatch => {
+    // Rows may change from run to run, but never beyond what the result's tensor holds.
+    const rows = entry === "tn" ? p.m! : p.out.tensor.shape[0]!, tile = choose(rows, p.n);
+    const dispatch = recordTile(entry, p, tile), ranks = p.lora?.segments.map(({ r }) => r) ?? [];
+    if (gpu.lanes === "subgroup" || tile === "narrow") return dispatch;
+    choices.push({
+      shape: `${entry} ${rows} x ${p.n} x ${entry === "tn" ? p.x.tensor.shape[0] : p.k}, ${p.w.tensor.dtype} weights` +
+        (ranks.length > 0 ? `, ranks ${ranks.join(" ")}` : ""),
+      with: (tile) => recordTile(entry, p, tile),
+      use: (tile) => {
+        Object.assign(dispatch, recordTile(entry, p, tile));
+      },
+    });
+    return dispatch;
+  };
+  const recordTile = (entry: "nt" | "nn" | "tn", p: Product, tile: Tile): Dispatch => {
     const { n, k = 0, m = 0, lora } = p;
     const segments = lora?.segments ?? [];
     check(entry, p, unit);
@@ -120,8 +167,7 @@ export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
     const stride = (o: Operand) => o.stride ?? o.tensor.shape.at(-1)!;
     const plus = p.plus === "out" ? 2 : p.plus ? 1 : 0;
     const lane = (i: number) => segments[i] ?? { r: 0, x: 0, w: 0 };
-    // Rows may change from run to run, but never beyond what the result's tensor holds.
-    const { kernel, constants, high, wide } = formOf(entry === "tn" ? m : p.out.tensor.shape[0]!, n);
+    const { kernel, constants, high, wide } = formOf(entry === "tn" ? m : p.out.tensor.shape[0]!, n, tile);
     const columns = entry === "nt"
       ? tiles(end0, wide) + tiles(end1 - end0, wide) + tiles(n - end1, wide)
       : tiles(n, wide);
@@ -169,7 +215,13 @@ export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
       grid: () => entry === "tn" ? [columns, tiles(m, high), 1] : [columns, tiles(p.rows.count, high), 1],
     });
   };
-  return { nt: (p) => record("nt", p), nn: (p) => record("nn", p), tn: (p) => record("tn", p) };
+  return {
+    nt: (p) => record("nt", p),
+    nn: (p) => record("nn", p),
+    tn: (p) => record("tn", p),
+    choices,
+    source: tiledSource + operandsSource,
+  };
 }
 const tiles = (size: number, tile: number) => Math.ceil(size / tile);
 

@@ -3,7 +3,14 @@
  * sampled entries of its result checked first. Sizes are written rows x columns x inner length.
  */
 import type { Gpu } from "../../lib/gpu/device.ts";
-import { createMatmul, type LoraOperands, type Matmul, type Product, type Tile } from "../../lib/ops/matmul.ts";
+import {
+  createMatmul,
+  type LoraOperands,
+  type Matmul,
+  type Product,
+  type Tile,
+  tileName,
+} from "../../lib/ops/matmul.ts";
 import { matmulNT } from "../reference.ts";
 import { agree, type Case, type Random, readFloats } from "./measure.ts";
 
@@ -53,25 +60,6 @@ export function products({ tokens: T, chunk }: { tokens: number; chunk: number }
 export const CPU_TARGET: readonly ProductCase[] = (["f32", "f16", "bf16"] as const).flatMap((w) =>
   (["nt", "nn"] as const).map((op) => ({ op, name: `target ${w}`, M: 512, N: 1024, K: 1024, w }))
 );
-
-/** Tiles to compare on a GPU: all that the kernel and `gpu` can hold. */
-export function tilesToTry(gpu: Gpu): Exclude<Tile, "narrow">[] {
-  const tiles: Exclude<Tile, "narrow">[] = [
-    { BM: 128, BN: 128, BK: 16 },
-    { BM: 128, BN: 128, BK: 16, BAND: 2 },
-    { BM: 128, BN: 128, BK: 16, BAND: 32 },
-    { BM: 128, BN: 128, BK: 32 },
-    { BM: 128, BN: 64, BK: 32 },
-    { BM: 64, BN: 128, BK: 32 },
-    { BM: 64, BN: 64, BK: 32 },
-  ];
-  return tiles.filter(({ BM, BN, BK }) => (BM + BN) * BK * 4 <= gpu.limits.maxComputeWorkgroupStorageSize);
-}
-
-/** A tile in words. */
-export function tileName(tile: Tile): string {
-  return tile === "narrow" ? tile : `${tile.BM}x${tile.BN}x${tile.BK}${tile.BAND ? ` band ${tile.BAND}` : ""}`;
-}
 
 /** Makes cases of products; a `tile` is used instead of the device's own choice. */
 export function productCases(gpu: Gpu): (of: ProductCase, tile?: Tile) => Case {

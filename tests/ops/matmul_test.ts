@@ -19,7 +19,7 @@ const FAMILIES: readonly { name: string; lanes: LaneModel }[] = [{ name: "matmul
 const bound = (K: number) => K > 1000 ? 9e-11 : 8e-12;
 
 type Dtype = "f32" | "f16" | "bf16";
-type Entry = keyof Matmul;
+type Entry = "nt" | "nn" | "tn";
 
 interface Case {
   /** Rows and columns of the result, and the length of the sums. */
