@@ -13,7 +13,7 @@ import { headChunk } from "../lib/model/plan.ts";
 import { tilesOf } from "../lib/ops/matmul.ts";
 import { checkNumbers, choice, flags } from "../lib/run/flags.ts";
 import { writeJson } from "../lib/run/manifest.ts";
-import { bytes, count, percent, table } from "../lib/run/print.ts";
+import { bytes, count, duration, percent, table } from "../lib/run/print.ts";
 import { attentionCases, decodingCases } from "./bench/attention.ts";
 import { benchGenerate, generateCases, type GenerateResult } from "./bench/generate.ts";
 import { driverVersion } from "./bench/host.ts";
@@ -72,7 +72,7 @@ if (wanted("kernels")) {
 const dir = await Deno.makeTempDir({ prefix: "bench_" });
 globalThis.addEventListener("unload", () => Deno.removeSync(dir, { recursive: true }));
 if (wanted("step")) {
-  for (const { name } of stepCases(gpu, dir)) {
+  for (const { name } of stepCases(gpu, { dir, quick: opt.quick })) {
     if (!more()) {
       skipped.push(name);
       continue;
@@ -157,6 +157,7 @@ function showStep(s: StepResult): void {
         `${figure(s.tokens_per_s)} tokens/s, ${figure(s.ms)} ms (${figure(s.min_ms)} to ${figure(s.max_ms)})`,
       ],
       ["Share of FP32 peak", percent(s.share)],
+      ["From the files", `${duration(s.open_ms)} until it is open, ${duration(s.first_ms)} for the first update`],
       ...(s.tokens_per_cpu_s === null ? [] : [["Per processor second", `${figure(s.tokens_per_cpu_s)} tokens`]]),
       ["JavaScript", `${figure(s.host_ms_per_1000_dispatches)} ms per 1,000 dispatches of ${count(s.dispatches)}`],
       [

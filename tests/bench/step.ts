@@ -45,6 +45,8 @@ export interface StepResult {
   readonly ms: number;
   readonly min_ms: number;
   readonly max_ms: number;
+  /** From the files to a model that is ready, on a GPU with the tiles chosen; then the first update, which compiles. */
+  readonly open_ms: number;
   readonly first_ms: number;
   /** Where the device is the processor: does not fall when other programs run. */
   readonly tokens_per_cpu_s: number | null;
@@ -59,6 +61,7 @@ export interface StepResult {
   readonly breakdown: readonly LabelTime[];
   readonly plan_bytes: number;
   readonly driver_bytes: number | null;
+  readonly tiles: readonly { readonly shape: string; readonly tile: string; readonly ms: Record<string, number> }[];
 }
 
 const HYPER: Hyperparameters = {
@@ -71,7 +74,10 @@ const HYPER: Hyperparameters = {
 };
 
 /** The steps that fit the device, each made when it is its turn; `dir` is a folder for the models. */
-export function stepCases(gpu: Gpu, dir: string): { name: string; make: () => Promise<StepCase> }[] {
+export function stepCases(
+  gpu: Gpu,
+  { dir, quick }: { dir: string; quick: boolean },
+): { name: string; make: () => Promise<StepCase> }[] {
   const small = async (mode: "lora" | "full"): Promise<StepCase> => {
     const model = `${dir}/small`;
     await Deno.mkdir(model, { recursive: true });
@@ -103,7 +109,10 @@ export function stepCases(gpu: Gpu, dir: string): { name: string; make: () => Pr
     { name: "peers_small_lora", make: () => small("lora") },
     { name: "peers_small_full", make: () => small("full") },
     ...(gpu.cpu
-      ? [{ name: "blog_layer", make: () => random("blog_layer", { config: layer, rows: 2, length: 128 }) }]
+      ? [
+        { name: "blog_layer", make: () => random("blog_layer", { config: layer, rows: 2, length: 128 }) },
+        ...(quick ? [] : [{ name: "blog_128", make: () => random("blog_128", { ...blog, rows: 1, length: 128 }) }]),
+      ]
       : [
         { name: "blog", make: () => random("blog", { ...blog, resident: true }) },
         { name: "blog_block", make: () => random("blog_block", { ...blog, checkpointing: "block" }) },
@@ -136,7 +145,7 @@ if (import.meta.main) {
   installErrorHandler();
   const options: StepOptions = JSON.parse(Deno.args[0]!);
   const opened = await openGpu(), gpu = options.shared ? { ...opened, lanes: "shared" as const } : opened;
-  const of = await stepCases(gpu, options.dir).find(({ name }) => name === options.name)!.make();
+  const of = await stepCases(gpu, options).find(({ name }) => name === options.name)!.make();
   console.log(JSON.stringify(await benchStep(gpu, of, options)));
   Deno.exit(0);
 }
@@ -150,7 +159,9 @@ async function benchStep(
   const memoryBefore = await memoryInUse(gpu);
   const { model, adapter, batch, resident = false, checkpointing = "none" } = of, tokens = batch.inputIds.length;
   const train = adapter ? "lora" : "full";
-  const trainer = await Trainer.open({ gpu, model, adapter, resident, checkpointing, tokens, train, hyper: HYPER });
+  const opening = performance.now(), how = { resident, checkpointing, tokens, train, hyper: HYPER } as const;
+  const trainer = await Trainer.open({ gpu, model, adapter, ...how, tiles: new Map<string, string>() });
+  const open_ms = performance.now() - opening;
   const losses: number[] = [];
   let step = 0;
   const update = () => trainer.update([batch], { step: ++step, learningRate: 1e-3 });
@@ -171,7 +182,8 @@ async function benchStep(
   const runs = quick ? 3 : 8, together = gpu.cpu ? 1 : 4, times: number[] = [], host: number[] = [];
   await gpu.queue.onSubmittedWorkDone();
   const before = process.cpuUsage(), others = watchOthers();
-  for (let i = 0; i < runs; i++) {
+  const enough = performance.now() + 30e3;
+  for (let i = 0; i < runs && (i < 3 || performance.now() < enough); i++) {
     const start = performance.now();
     update();
     host.push(performance.now() - start);
@@ -203,9 +215,10 @@ async function benchStep(
     ms,
     min_ms: Math.min(...times),
     max_ms: Math.max(...times),
+    open_ms,
     first_ms: first,
     others_share,
-    tokens_per_cpu_s: gpu.cpu ? tokens * runs / cpuS : null,
+    tokens_per_cpu_s: gpu.cpu ? tokens * times.length / cpuS : null,
     share: flop / ms / 1e6 / peakGflops,
     dispatches: timings.length,
     host_ms_per_1000_dispatches: 1e3 * median(host) / timings.length,
@@ -213,6 +226,7 @@ async function benchStep(
     breakdown: byLabel(timings),
     plan_bytes: planned,
     driver_bytes: memoryBefore === null || memoryAfter === null ? null : memoryAfter - memoryBefore,
+    tiles: trainer.llama.tiles.map(({ shape, tile, ms }) => ({ shape, tile, ms: Object.fromEntries(ms) })),
   };
 }
 
