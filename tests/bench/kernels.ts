@@ -1,10 +1,12 @@
 /** The kernels that memory bounds, at the blog's sizes, each with sampled rows of its result checked first. */
 import { dynamicMap } from "../../lib/data/blockwise8.ts";
 import { NF4_CODE } from "../../lib/data/nf4.ts";
+import { hash32 } from "../../lib/data/random.ts";
 import type { Gpu } from "../../lib/gpu/device.ts";
 import { downloadBytes } from "../../lib/gpu/tensor.ts";
 import { BLOCK, createAdamw, createBlocks, packStep } from "../../lib/ops/adamw.ts";
 import { createCrossEntropy } from "../../lib/ops/cross_entropy.ts";
+import { createDropout } from "../../lib/ops/dropout.ts";
 import { createEmbedding } from "../../lib/ops/embedding.ts";
 import { createNf4 } from "../../lib/ops/nf4.ts";
 import { createRmsnorm } from "../../lib/ops/rmsnorm.ts";
@@ -30,8 +32,9 @@ export async function memoryCases(
     ...normCases(gpu, T),
     ropeCase(rope, T),
     ...swigluCases(gpu, T),
-    gatherCase(gpu, T),
-    crossEntropyCase(gpu, chunk),
+    ...embeddingCases(gpu, T),
+    dropoutCase(gpu, T),
+    ...crossEntropyCases(gpu, chunk),
     nf4Case(gpu),
     ...adamwCases(gpu, parameters),
   ];
@@ -78,6 +81,26 @@ function normCases(gpu: Gpu, T: number): Case[] {
           }
         };
         return { commands: [op.backward({ rows: rows(T), ...given, dx })], check };
+      },
+    },
+    {
+      name: "rmsnorm.backward_weight",
+      shape,
+      dtype,
+      work: { bytes: 8 * T * C },
+      async prepare({ random, output, rows }) {
+        const x = await random("x", [T, C]), dout = await random("dout", [T, C], { seed: 4 });
+        const rstd = await random("rstd", [T], { mean: 1.7, spread: 0.1, seed: 3 }), dweight = output("dweight", [C]);
+        const given = { x: x.tensor, rstd: rstd.tensor, dout: dout.tensor, dweight };
+        const check = async () => {
+          const expected = new Float64Array(C);
+          for (let t = 0; t < T; t++) {
+            for (let c = 0; c < C; c += 97) expected[c]! += dout.at(t * C + c) * x.at(t * C + c) * rstd.at(t);
+          }
+          const found = await readFloats(gpu, dweight, [0, C]), probed = (_: number, c: number) => c % 97 === 0;
+          agree("rmsnorm.backward_weight", found.filter(probed), expected.filter(probed));
+        };
+        return { commands: [op.backwardWeight({ rows: rows(T), ...given })], reset: [{ clear: dweight }], check };
       },
     },
   ];
@@ -147,54 +170,141 @@ function swigluCases(gpu: Gpu, T: number): Case[] {
   ];
 }
 
-function gatherCase(gpu: Gpu, T: number): Case {
+/** Tokens that learn: a power of two, so that each token of the case comes once, a row added to a row. */
+const LEARNT = 16_384;
+
+function embeddingCases(gpu: Gpu, T: number): Case[] {
   const op = createEmbedding(gpu, { dim: C });
+  const list = Uint32Array.from({ length: T }, (_, t) => (t * 7919 + 3) % V);
+  return [
+    {
+      name: "embedding.gather",
+      shape: `${T} of ${STRIDE} x ${C}`,
+      dtype: "f16",
+      work: { bytes: 6 * T * C },
+      async prepare({ random, input, output, rows }) {
+        const table = await random("table", [STRIDE, C], { dtype: "f16" }), out = output("out", [T, C]);
+        const ids = await input("ids", list, "u32");
+        const check = async () => {
+          for (const row of some(T)) {
+            const first = list[row]! * C, expected = table.slice(first, first + C);
+            agree("embedding.gather", await readFloats(gpu, out, [row * C, (row + 1) * C]), expected);
+          }
+        };
+        return { commands: [op.gather({ rows: rows(T), ids, table: table.tensor, out })], check };
+      },
+    },
+    {
+      name: "embedding.scatter",
+      shape: `${T} x ${C}`,
+      dtype: "f32",
+      work: { bytes: 8 * T * C },
+      async prepare({ random, input, output, rows }) {
+        const x = await random("x", [T, C]), out = output("out", [T, C]);
+        const to = Uint32Array.from({ length: T }, (_, t) => T - 1 - t), ids = await input("ids", to, "u32");
+        const check = async () => {
+          for (const row of some(T)) {
+            const expected = x.slice((T - 1 - row) * C, (T - row) * C);
+            agree("embedding.scatter", await readFloats(gpu, out, [row * C, (row + 1) * C]), expected);
+          }
+        };
+        return { commands: [op.scatter({ rows: rows(T), ids, x: x.tensor, out })], check };
+      },
+    },
+    {
+      name: "embedding.backward",
+      shape: `${T} into ${LEARNT} x ${C}`,
+      dtype: "f32",
+      work: { bytes: 12 * T * C },
+      async prepare({ random, input, output, rows }) {
+        const tokens = Array.from({ length: T }, (_, t) => (t * 7919 + 3) % LEARNT);
+        const x = await random("x", [T, C]), dtable = output("dtable", [LEARNT, C]);
+        const order = Array.from(tokens.keys()).sort((a, b) => tokens[a]! - tokens[b]!);
+        const sorted = await input("order", Uint32Array.from(order), "u32");
+        const ids = await input("ids", Uint32Array.from(order, (t) => tokens[t]!), "u32");
+        const starts = await input("starts", Uint32Array.from({ length: T + 1 }, (_, i) => i), "u32");
+        const check = async () => {
+          for (const row of some(T)) {
+            const first = tokens[row]! * C, expected = x.slice(row * C, (row + 1) * C);
+            agree("embedding.backward", await readFloats(gpu, dtable, [first, first + C]), expected);
+          }
+        };
+        const commands = [op.backward({ rows: rows(T), ids, order: sorted, starts, x: x.tensor, dtable })];
+        return { commands, reset: [{ clear: dtable }], check };
+      },
+    },
+  ];
+}
+
+function dropoutCase(gpu: Gpu, T: number): Case {
+  const p = 0.05, draw = 11, salt = 3;
   return {
-    name: "embedding.gather",
-    shape: `${T} of ${STRIDE} x ${C}`,
-    dtype: "f16",
-    work: { bytes: 6 * T * C },
-    async prepare({ random, input, output, rows }) {
-      const table = await random("table", [STRIDE, C], { dtype: "f16" }), out = output("out", [T, C]);
-      const list = Uint32Array.from({ length: T }, (_, t) => (t * 7919 + 3) % V);
-      const ids = await input("ids", list, "u32");
+    name: "dropout.apply",
+    shape: `${T} x ${C}`,
+    dtype: "f32",
+    work: { bytes: 8 * T * C },
+    async prepare({ random, output, rows, uniform }) {
+      const op = createDropout(gpu, { p, draw: uniform(Uint32Array.of(draw, 0, 0, 0)) });
+      const x = await random("x", [T, C]), out = output("out", [T, C]);
       const check = async () => {
         for (const row of some(T)) {
-          const first = list[row]! * C, expected = table.slice(first, first + C);
-          agree("embedding.gather", await readFloats(gpu, out, [row * C, (row + 1) * C]), expected);
+          const expected = x.slice(row * C, (row + 1) * C).map((value, c) =>
+            (hash32(draw, salt, row * C + c) >>> 8) * 2 ** -24 >= p ? value * Math.fround(1 / (1 - p)) : 0
+          );
+          agree("dropout.apply", await readFloats(gpu, out, [row * C, (row + 1) * C]), expected);
         }
       };
-      return { commands: [op.gather({ rows: rows(T), ids, table: table.tensor, out })], check };
+      return { commands: [op.apply({ rows: rows(T), x: x.tensor, out, dim: C, salt })], check };
     },
   };
 }
 
-function crossEntropyCase(gpu: Gpu, R: number): Case {
+function crossEntropyCases(gpu: Gpu, R: number): Case[] {
   const op = createCrossEntropy(gpu, { vocab: V, stride: STRIDE }), scale = Math.fround(1 / 37);
-  return {
-    name: "cross_entropy.backward",
-    shape: `${R} x ${V}`,
-    dtype: "f32",
-    work: { bytes: 8 * R * V },
-    async prepare({ random, input, output, rows, uniform }) {
-      const logits = await random("logits", [R, STRIDE], { spread: 4 }), nll = output("nll", [R]);
-      const gradient = output("dlogits", [R, STRIDE]);
-      const list = Uint32Array.from({ length: R }, (_, r) => (r * 7919 + 3) % V);
-      const labels = await input("labels", list, "u32");
-      const uniforms = { scale: uniform(Float32Array.of(scale, 0, 0, 0)) };
-      const check = async () => {
-        for (const row of some(R)) {
-          const x = logits.slice(row * STRIDE, row * STRIDE + V);
-          const expected = crossEntropy(x, [list[row]!], { V, scale });
-          const found = await readFloats(gpu, gradient, [row * STRIDE, row * STRIDE + V]);
-          agree("cross_entropy.backward", found, expected.dlogits);
-          agree("cross_entropy loss", await readFloats(gpu, nll, [row, row + 1]), expected.nll);
-        }
-      };
-      const reset = [{ copy: { from: logits.tensor, to: gradient, bytes: gradient.bytes } }];
-      return { commands: [op.backward({ rows: rows(R), ...uniforms, labels, logits: gradient, nll })], reset, check };
+  const list = Uint32Array.from({ length: R }, (_, r) => (r * 7919 + 3) % V);
+  return [
+    {
+      name: "cross_entropy.loss",
+      shape: `${R} x ${V}`,
+      dtype: "f32",
+      work: { bytes: 4 * R * V },
+      async prepare({ random, input, output, rows }) {
+        const logits = await random("logits", [R, STRIDE], { spread: 4 }), nll = output("nll", [R]);
+        const labels = await input("labels", list, "u32");
+        const check = async () => {
+          for (const row of some(R)) {
+            const x = logits.slice(row * STRIDE, row * STRIDE + V);
+            const expected = crossEntropy(x, [list[row]!], { V, scale });
+            agree("cross_entropy.loss", await readFloats(gpu, nll, [row, row + 1]), expected.nll);
+          }
+        };
+        return { commands: [op.loss({ rows: rows(R), labels, logits: logits.tensor, nll })], check };
+      },
     },
-  };
+    {
+      name: "cross_entropy.backward",
+      shape: `${R} x ${V}`,
+      dtype: "f32",
+      work: { bytes: 8 * R * V },
+      async prepare({ random, input, output, rows, uniform }) {
+        const logits = await random("logits", [R, STRIDE], { spread: 4 }), nll = output("nll", [R]);
+        const gradient = output("dlogits", [R, STRIDE]);
+        const labels = await input("labels", list, "u32");
+        const uniforms = { scale: uniform(Float32Array.of(scale, 0, 0, 0)) };
+        const check = async () => {
+          for (const row of some(R)) {
+            const x = logits.slice(row * STRIDE, row * STRIDE + V);
+            const expected = crossEntropy(x, [list[row]!], { V, scale });
+            const found = await readFloats(gpu, gradient, [row * STRIDE, row * STRIDE + V]);
+            agree("cross_entropy.backward", found, expected.dlogits);
+            agree("cross_entropy loss", await readFloats(gpu, nll, [row, row + 1]), expected.nll);
+          }
+        };
+        const reset = [{ copy: { from: logits.tensor, to: gradient, bytes: gradient.bytes } }];
+        return { commands: [op.backward({ rows: rows(R), ...uniforms, labels, logits: gradient, nll })], reset, check };
+      },
+    },
+  ];
 }
 
 function nf4Case(gpu: Gpu): Case {
@@ -225,8 +335,26 @@ function adamwCases(gpu: Gpu, count: number): Case[] {
   const settings = { step: 1, lr: 1e-3, weightDecay: 0.01 };
   const slots = [{ name: "all", offset: 0, elements: count, columns: count, stride: count }];
   const shape = String(count), checked = 4 * BLOCK;
+  const sums: Case = {
+    name: "adamw.sum_squares",
+    shape,
+    dtype: "f32",
+    work: { bytes: 4 * count },
+    async prepare({ random, output }) {
+      const grad = await random("grad", [count], { spread: 1e-2, seed: 2 }), parts = Math.ceil(count / 4096);
+      const partial = output("partial", [parts]), op = createAdamw(gpu, "torch");
+      const check = async () => {
+        for (const part of some(parts)) {
+          const values = grad.slice(part * 4096, Math.min(count, (part + 1) * 4096));
+          const expected = values.reduce((sum, g) => sum + g * g, 0);
+          agree("adamw.sum_squares", await readFloats(gpu, partial, [part, part + 1]), [expected]);
+        }
+      };
+      return { commands: [op.sumSquares({ grad: grad.tensor, partial, part: 0 })], check };
+    },
+  };
   const names = { "step32": "adamw.step32", "step8": "adamw.step8" };
-  return (["step32", "step8"] as const).map((kind): Case => ({
+  const steps = (["step32", "step8"] as const).map((kind): Case => ({
     name: names[kind],
     shape,
     dtype: kind === "step32" ? "f32" : "f32, 8-bit state",
@@ -262,4 +390,5 @@ function adamwCases(gpu: Gpu, count: number): Case[] {
       return { commands: [op.step8({ ...given, codes1, codes2, absmax, maps })], check };
     },
   }));
+  return [sums, ...steps];
 }

@@ -71,7 +71,7 @@ export interface Scope {
   /** A tensor to be written. */
   output(name: string, shape: readonly number[], dtype?: Storage): Tensor;
   rows(count: number): Rows;
-  uniform(values: Float32Array<ArrayBuffer>): GPUBuffer;
+  uniform(values: Float32Array<ArrayBuffer> | Uint32Array<ArrayBuffer>): GPUBuffer;
 }
 
 /** How to draw: uniform numbers around `mean`, at most `spread` from it. */
