@@ -49,9 +49,11 @@ struct Dims {
 @group(0) @binding(0) var<uniform> rows: vec4u;
 @group(0) @binding(1) var<uniform> dims: Dims;
 @group(0) @binding(2) var<storage, read> x: array<vec4f>;
+// image
 @group(0) @binding(3) var<storage, read> w: array<vec4u>;
 @group(0) @binding(4) var<storage, read> w_half: array<vec2u>;
 @group(0) @binding(5) var<storage, read> lora_x: array<vec4f>;
+// image
 @group(0) @binding(6) var<storage, read> lora_w: array<vec4f>;
 @group(0) @binding(7) var<storage, read> add: array<vec4f>;
 @group(0) @binding(8) var<storage, read_write> out: array<vec4f>;
