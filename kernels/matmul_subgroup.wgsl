@@ -11,11 +11,12 @@
 //   rows.x                rows of x and out (nt, nn), or of x and w (tn)
 //   sizes                 k, r multiples of 8; n multiples of 4; in tn the m columns of x of 8
 //   segments (nt)         columns [0, end0), [end0, end1), [end1, n) with LoRA operands of their own
-//   grid                  nt, nn: [column tiles, row tiles]; tn: [column tiles of w, column tiles of x]; a tile is 32 rows
-//                         by 4 · LANES columns, one subgroup
+//   PART                  lanes that stand beside each other in a row of the result; the other lanes have rows of their own
+//   grid                  nt, nn: [column tiles, row tiles]; tn: [column tiles of w, column tiles of x]; a tile is one
+//                         subgroup, 4 · PART columns by HIGH · LANES / PART rows
 //
-// A lane holds 4 columns of 32 rows. It loads every 8-step rows of x for the others and hands them on by shuffles with
-// constant lanes. Rows outermost keeps the sums in registers.
+// A lane holds 4 columns of HIGH rows. It loads every 8-step rows of x for the others of its part and hands them on by
+// shuffles whose lanes the driver knows when it compiles. Rows outermost keeps the sums in registers.
 
 const F32 = 0u;
 const F16 = 1u;
@@ -25,6 +26,9 @@ const ADD = 1u; // out = product + add
 const OUT = 2u; // out += product
 
 override LANES: u32 = 8u;
+override PART: u32 = 8u;
+override STEP: u32 = 8u; // tn: lanes of a part that load different rows: 8, or PART where that is less
+override HIGH: u32 = 32u; // nt, nn: 32; tn: 32 or 16
 override W_TYPE: u32 = 0u;
 override LORA: u32 = 0u; // 1: the product has a low-rank term
 override PLUS: u32 = 0u;
@@ -95,14 +99,19 @@ fn weight4(i: u32) -> vec4f {
   return vec4f(halves(mine.x), halves(mine.y));
 }
 
-/// c[i] += Σ_k a(i, k) · b[k] over 8 k; lane l holds rows l, l + LANES, … in a, two vec4 each.
-fn multiply(c: ptr<function, array<vec4f, 32>>, a: ptr<function, array<vec4f, 8>>, b: ptr<function, array<vec4f, 8>>) {
+/// c[i] += Σ_k a(i, k) · b[k] over 8 k; lane l of the part that begins at `own` holds rows l, l + PART, …, two vec4 each.
+fn multiply(
+  c: ptr<function, array<vec4f, 32>>,
+  a: ptr<function, array<vec4f, 32>>,
+  b: ptr<function, array<vec4f, 8>>,
+  own: u32,
+) {
   // unroll: literal lanes and registers
   for (var i = 0u; i < 32u; i++) {
     var sum = (*c)[i];
     // unroll
     for (var k = 0u; k < 8u; k++) {
-      sum = fma(vec4f(subgroupShuffle((*a)[(i / LANES) * 2u + k / 4u][k % 4u], i % LANES)), (*b)[k], sum);
+      sum = fma(vec4f(subgroupShuffle((*a)[i / PART * 2u + k / 4u][k % 4u], own + i % PART)), (*b)[k], sum);
     }
     (*c)[i] = sum;
   }
@@ -158,7 +167,7 @@ struct Tile {
 
 /// Segments are tiled apart, so that no tile crosses from one into the next.
 fn tile_of(index: u32) -> Tile {
-  let wide = 4u * LANES;
+  let wide = 4u * PART;
   let tiles0 = (dims.end0 + wide - 1u) / wide;
   let tiles1 = (dims.end1 - dims.end0 + wide - 1u) / wide;
   if (index < tiles0) {
@@ -174,10 +183,11 @@ fn tile_of(index: u32) -> Tile {
 @compute @workgroup_size(LANES)
 fn nt(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane: u32) {
   let tile = tile_of(group.x);
-  let row0 = group.y * 32u;
+  let own = lane / PART * PART;
+  let row0 = group.y * (32u * LANES / PART) + lane / PART * 32u;
   let last = rows.x - 1u;
   // Lanes past the end of the segment compute its last columns again and write nothing.
-  let column = tile.column + lane * 4u;
+  let column = tile.column + lane % PART * 4u;
   let safe = min(column, tile.end - 4u);
   // Uniforms are read before the loop: a CPU driver hoists nothing.
   let inner = dims.k;
@@ -185,20 +195,20 @@ fn nt(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
   let w0 = dims.w_offset + safe * stride;
   let lora_w0 = (tile.lora_w + (safe - tile.start) * dims.lora_w_stride) >> 2u;
   let next = dims.lora_w_stride >> 2u;
-  var x_row: array<u32, 4>;
-  var lora_row: array<u32, 4>;
+  var x_row: array<u32, 16>;
+  var lora_row: array<u32, 16>;
   // unroll
-  for (var g = 0u; g < 32u / LANES; g++) {
-    let row = min(row0 + g * LANES + lane, last);
+  for (var g = 0u; g < 32u / PART; g++) {
+    let row = min(row0 + g * PART + lane % PART, last);
     x_row[g] = (dims.x_offset + row * dims.x_stride) >> 2u;
     lora_row[g] = (tile.lora_x + row * dims.lora_x_stride) >> 2u;
   }
   var c: array<vec4f, 32>;
-  var a: array<vec4f, 8>;
+  var a: array<vec4f, 32>;
   var b: array<vec4f, 8>;
   for (var k = 0u; k < inner; k += 8u) {
     // unroll
-    for (var g = 0u; g < 32u / LANES; g++) {
+    for (var g = 0u; g < 32u / PART; g++) {
       a[g * 2u] = x[x_row[g] + (k >> 2u)];
       a[g * 2u + 1u] = x[x_row[g] + (k >> 2u) + 1u];
     }
@@ -211,13 +221,13 @@ fn nt(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
     for (var q = 0u; q < 8u; q++) {
       b[q] = vec4f(b0[q / 4u][q % 4u], b1[q / 4u][q % 4u], b2[q / 4u][q % 4u], b3[q / 4u][q % 4u]);
     }
-    multiply(&c, &a, &b);
+    multiply(&c, &a, &b, own);
   }
   // A loop of its own: a branch inside the loop above would cost a CPU driver a quarter of its speed.
   if (LORA == 1u) {
     for (var r = 0u; r < tile.r; r += 8u) {
       // unroll
-      for (var g = 0u; g < 32u / LANES; g++) {
+      for (var g = 0u; g < 32u / PART; g++) {
         a[g * 2u] = lora_x[lora_row[g] + (r >> 2u)];
         a[g * 2u + 1u] = lora_x[lora_row[g] + (r >> 2u) + 1u];
       }
@@ -233,7 +243,7 @@ fn nt(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
           b[h * 4u + q] = vec4f(b0[q], b1[q], b2[q], b3[q]);
         }
       }
-      multiply(&c, &a, &b);
+      multiply(&c, &a, &b, own);
     }
   }
   // unroll
@@ -244,9 +254,10 @@ fn nt(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
 
 @compute @workgroup_size(LANES)
 fn nn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane: u32) {
-  let row0 = group.y * 32u;
+  let own = lane / PART * PART;
+  let row0 = group.y * (32u * LANES / PART) + lane / PART * 32u;
   let last = rows.x - 1u;
-  let column = (group.x * LANES + lane) * 4u;
+  let column = (group.x * PART + lane % PART) * 4u;
   let safe = min(column, dims.n - 4u);
   let inner = dims.k;
   let rank = dims.r0;
@@ -254,20 +265,20 @@ fn nn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
   let w0 = dims.w_offset + safe;
   let lora_stride = dims.lora_w_stride >> 2u;
   let lora_w0 = (dims.lora_w0 + safe) >> 2u;
-  var x_row: array<u32, 4>;
-  var lora_row: array<u32, 4>;
+  var x_row: array<u32, 16>;
+  var lora_row: array<u32, 16>;
   // unroll
-  for (var g = 0u; g < 32u / LANES; g++) {
-    let row = min(row0 + g * LANES + lane, last);
+  for (var g = 0u; g < 32u / PART; g++) {
+    let row = min(row0 + g * PART + lane % PART, last);
     x_row[g] = (dims.x_offset + row * dims.x_stride) >> 2u;
     lora_row[g] = (dims.lora_x0 + row * dims.lora_x_stride) >> 2u;
   }
   var c: array<vec4f, 32>;
-  var a: array<vec4f, 8>;
+  var a: array<vec4f, 32>;
   var b: array<vec4f, 8>;
   for (var k = 0u; k < inner; k += 8u) {
     // unroll
-    for (var g = 0u; g < 32u / LANES; g++) {
+    for (var g = 0u; g < 32u / PART; g++) {
       a[g * 2u] = x[x_row[g] + (k >> 2u)];
       a[g * 2u + 1u] = x[x_row[g] + (k >> 2u) + 1u];
     }
@@ -275,12 +286,12 @@ fn nn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
     for (var q = 0u; q < 8u; q++) {
       b[q] = weight4(w0 + (k + q) * stride);
     }
-    multiply(&c, &a, &b);
+    multiply(&c, &a, &b, own);
   }
   if (LORA == 1u) {
     for (var r = 0u; r < rank; r += 8u) {
       // unroll
-      for (var g = 0u; g < 32u / LANES; g++) {
+      for (var g = 0u; g < 32u / PART; g++) {
         a[g * 2u] = lora_x[lora_row[g] + (r >> 2u)];
         a[g * 2u + 1u] = lora_x[lora_row[g] + (r >> 2u) + 1u];
       }
@@ -288,7 +299,7 @@ fn nn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
       for (var q = 0u; q < 8u; q++) {
         b[q] = lora_w[lora_w0 + (r + q) * lora_stride];
       }
-      multiply(&c, &a, &b);
+      multiply(&c, &a, &b, own);
     }
   }
   // unroll
@@ -299,8 +310,9 @@ fn nn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
 
 @compute @workgroup_size(LANES)
 fn tn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane: u32) {
-  let row0 = group.y * 32u;
-  let column = (group.x * LANES + lane) * 4u;
+  let own = lane / PART * PART;
+  let row0 = (group.y * (LANES / PART) + lane / PART) * HIGH;
+  let column = (group.x * PART + lane % PART) * 4u;
   let safe = min(column, dims.n - 4u);
   let count = rows.x;
   let stride = dims.w_stride;
@@ -309,38 +321,42 @@ fn tn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
   // The columns of x that this tile covers, eight by eight; past the end the last ones again.
   var x_column: array<u32, 4>;
   // unroll
-  for (var q = 0u; q < 4u; q++) {
+  for (var q = 0u; q < HIGH / 8u; q++) {
     x_column[q] = (dims.x_offset + min(row0 + q * 8u, dims.m - 8u)) >> 2u;
   }
   var c: array<vec4f, 32>;
-  var a: array<vec4f, 8>;
+  var a: array<vec4f, 32>;
   var b: array<vec4f, 8>;
   for (var t = 0u; t < count; t += 8u) {
-    // Here a lane holds one row t of x, 32 columns of it; rows past the end count as zero.
-    let mine = t + lane % 8u;
-    let inside = select(0.0, 1.0, mine < count);
-    let source = min(mine, count - 1u) * x_stride;
+    // Here a lane holds rows of x, HIGH columns of them: t + lane, or two where four lanes share 8; past the end zeros.
     // unroll
-    for (var q = 0u; q < 4u; q++) {
-      a[q * 2u] = inside * x[source + x_column[q]];
-      a[q * 2u + 1u] = inside * x[source + x_column[q] + 1u];
+    for (var s = 0u; s < 8u / STEP; s++) {
+      let mine = t + s * STEP + lane % STEP;
+      let inside = select(0.0, 1.0, mine < count);
+      let source = min(mine, count - 1u) * x_stride;
+      // unroll
+      for (var q = 0u; q < HIGH / 8u; q++) {
+        a[s * (HIGH / 4u) + q * 2u] = inside * x[source + x_column[q]];
+        a[s * (HIGH / 4u) + q * 2u + 1u] = inside * x[source + x_column[q] + 1u];
+      }
     }
     // unroll
     for (var q = 0u; q < 8u; q++) {
       b[q] = weight4(w0 + min(t + q, count - 1u) * stride);
     }
     // unroll
-    for (var i = 0u; i < 32u; i++) {
+    for (var i = 0u; i < HIGH; i++) {
       var sum = c[i];
       // unroll
       for (var q = 0u; q < 8u; q++) {
-        sum = fma(vec4f(subgroupShuffle(a[i / 4u][i % 4u], q)), b[q], sum);
+        let value = a[q / STEP * (HIGH / 4u) + i / 4u][i % 4u];
+        sum = fma(vec4f(subgroupShuffle(value, own + q % STEP)), b[q], sum);
       }
       c[i] = sum;
     }
   }
   // unroll
-  for (var i = 0u; i < 32u; i += 2u) {
+  for (var i = 0u; i < HIGH; i += 2u) {
     put(row0 + i, dims.m, column, dims.n, lane, c[i], c[i + 1u]);
   }
 }

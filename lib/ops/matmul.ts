@@ -123,15 +123,25 @@ export function tileName(tile: Tile): string {
 }
 
 /** The forms for this device, by the size of the result and, on a GPU, its tile. */
-function formsOf(gpu: Gpu): (rows: number, columns: number, tile: Tile) => Form {
+function formsOf(gpu: Gpu): (entry: "nt" | "nn" | "tn", rows: number, columns: number, tile: Tile) => Form {
   if (gpu.lanes === "subgroup") {
-    const kernel = new Kernel(gpu, "matmul_subgroup", subgroupSource);
-    const form = { kernel, constants: { LANES: gpu.subgroup }, high: 32, wide: 4 * gpu.subgroup };
-    return () => form;
+    const kernel = new Kernel(gpu, "matmul_subgroup", subgroupSource), lanes = gpu.subgroup;
+    return (entry, rows, columns) => {
+      // Up to 16 columns more than full tiles: half as wide tiles waste less than they cost. So do half as high ones in tn.
+      const rest = (size: number) => size % 32 > 0 && size % 32 <= 16 && size <= 80;
+      const part = lanes === 8 && rows > 32 && rest(columns) ? 4 : lanes;
+      const high = entry === "tn" && part === lanes && rest(rows) ? 16 : 32;
+      const constants = {
+        LANES: lanes,
+        PART: part,
+        ...(entry === "tn" ? { STEP: Math.min(8, part), HIGH: high } : {}),
+      };
+      return { kernel, constants, high: high * lanes / part, wide: 4 * part };
+    };
   }
   const narrow = new Kernel(gpu, "matmul_narrow", `${narrowSource}\n${operandsSource}`);
   const tiled = new Kernel(gpu, "matmul_tiled", `${tiledSource}\n${operandsSource}`);
-  return (_rows, _columns, tile) => {
+  return (_entry, _rows, _columns, tile) => {
     if (tile === "narrow") return { kernel: narrow, constants: {}, high: 16, wide: 16 };
     return { kernel: tiled, constants: { ...tile }, high: tile.BM, wide: tile.BN };
   };
@@ -167,7 +177,7 @@ export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
     const stride = (o: Operand) => o.stride ?? o.tensor.shape.at(-1)!;
     const plus = p.plus === "out" ? 2 : p.plus ? 1 : 0;
     const lane = (i: number) => segments[i] ?? { r: 0, x: 0, w: 0 };
-    const { kernel, constants, high, wide } = formOf(entry === "tn" ? m : p.out.tensor.shape[0]!, n, tile);
+    const { kernel, constants, high, wide } = formOf(entry, entry === "tn" ? m : p.out.tensor.shape[0]!, n, tile);
     const columns = entry === "nt"
       ? tiles(end0, wide) + tiles(end1 - end0, wide) + tiles(n - end1, wide)
       : tiles(n, wide);
