@@ -16,14 +16,14 @@
 //
 // A lane owns one row. Tiles of LANES other rows are loaded by the lanes together and read by all of them, one after the
 // other; tiles outside the document are never visited. Sums run in a fixed order: the same bits every time.
-// The loops over a tile are unrolled for subgroups, whose shuffles want literal lanes, and not for
-// the longer tiles in workgroup memory.
+// A lane takes some rows of a tile at a time: their scores stay in registers, and a sum over them is read and written once.
 
 override LANES: u32;
 override HEADS: u32;
 override KV_HEADS: u32;
 override D4: u32; // D / 4
 override KEYS: u32 = 8u; // of a tile, that forward takes at a time: a divisor of LANES, at most 8
+override SOME: u32 = 4u; // rows of a tile that backward takes at a time: a divisor of LANES, at most 4
 
 @group(0) @binding(0) var<uniform> rows: vec4u;
 // image
@@ -90,17 +90,18 @@ fn forward(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index)
       let keep = exp(top - best);
       sum *= keep;
       // unroll
-      for (var d = 0u; d < D4; d++) {
-        o[d] *= keep;
+      for (var j = 0u; j < KEYS; j++) {
+        s[j] = select(0.0, exp(s[j] - best), s[j] > LOWEST);
+        sum += s[j];
       }
       // unroll
-      for (var j = 0u; j < KEYS; j++) {
-        let p = select(0.0, exp(s[j] - best), s[j] > LOWEST);
-        sum += p;
+      for (var d = 0u; d < D4; d++) {
+        var values = o[d] * keep;
         // unroll
-        for (var d = 0u; d < D4; d++) {
-          o[d] = fma(vec4f(p), lanes_fetch(D4 + d, some * KEYS + j), o[d]);
+        for (var j = 0u; j < KEYS; j++) {
+          values = fma(vec4f(s[j]), lanes_fetch(D4 + d, some * KEYS + j), values);
         }
+        o[d] = values;
       }
       top = best;
     }
@@ -158,20 +159,43 @@ fn backward_q(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_ind
       lanes_keep(D4 + d, qkv[key + KV_HEADS * D4 + d], lane);
     }
     lanes_end();
-    // unroll up to 8
-    for (var j = 0u; j < LANES; j++) {
-      var scores = vec4f(0.0);
-      var dp = vec4f(0.0);
-      // unroll
-      for (var d = 0u; d < D4; d++) {
-        scores = fma(q[d], lanes_fetch(d, j), scores);
-        dp = fma(g[d], lanes_fetch(D4 + d, j), dp);
+    // unroll up to 2
+    for (var some = 0u; some < LANES / SOME; some++) {
+      var scores: array<vec4f, 4>;
+      var dp: array<vec4f, 4>;
+      // unroll: said outright, because naga clears a variable once and not in every round of a loop
+      for (var j = 0u; j < SOME; j++) {
+        scores[j] = vec4f();
+        dp[j] = vec4f();
       }
-      let p = select(0.0, exp(total(scores) - my_lse), start <= j0 + j && j0 + j <= row);
-      let ds = p * (total(dp) - my_delta);
       // unroll
       for (var d = 0u; d < D4; d++) {
-        dq[d] = fma(vec4f(ds), lanes_fetch(d, j), dq[d]);
+        // unroll
+        for (var j = 0u; j < SOME; j++) {
+          scores[j] = fma(q[d], lanes_fetch(d, some * SOME + j), scores[j]);
+        }
+      }
+      // unroll
+      for (var d = 0u; d < D4; d++) {
+        // unroll
+        for (var j = 0u; j < SOME; j++) {
+          dp[j] = fma(g[d], lanes_fetch(D4 + d, some * SOME + j), dp[j]);
+        }
+      }
+      var ds: array<f32, 4>;
+      // unroll
+      for (var j = 0u; j < SOME; j++) {
+        let at = j0 + some * SOME + j;
+        ds[j] = select(0.0, exp(total(scores[j]) - my_lse), start <= at && at <= row) * (total(dp[j]) - my_delta);
+      }
+      // unroll
+      for (var d = 0u; d < D4; d++) {
+        var sum = dq[d];
+        // unroll
+        for (var j = 0u; j < SOME; j++) {
+          sum = fma(vec4f(ds[j]), lanes_fetch(d, some * SOME + j), sum);
+        }
+        dq[d] = sum;
       }
     }
   }
@@ -215,22 +239,49 @@ fn backward_kv(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_in
       }
       lanes_keep(2u * D4, vec4f(lse[query * HEADS + head], delta[query * HEADS + head], 0.0, 0.0), lane);
       lanes_end();
-      // unroll up to 8
-      for (var i = 0u; i < LANES; i++) {
-        var scores = vec4f(0.0);
-        var dp = vec4f(0.0);
-        // unroll
-        for (var d = 0u; d < D4; d++) {
-          scores = fma(k[d], lanes_fetch(d, i), scores);
-          dp = fma(v[d], lanes_fetch(D4 + d, i), dp);
+      // unroll up to 2
+      for (var some = 0u; some < LANES / SOME; some++) {
+        var scores: array<vec4f, 4>;
+        var dp: array<vec4f, 4>;
+        // unroll: said outright, because naga clears a variable once and not in every round of a loop
+        for (var i = 0u; i < SOME; i++) {
+          scores[i] = vec4f();
+          dp[i] = vec4f();
         }
-        let known = lanes_fetch(2u * D4, i);
-        let p = select(0.0, exp(total(scores) - known.x), row <= i0 + i && i0 + i < mine);
-        let ds = p * (total(dp) - known.y);
         // unroll
         for (var d = 0u; d < D4; d++) {
-          dk[d] = fma(vec4f(ds), lanes_fetch(d, i), dk[d]);
-          dv[d] = fma(vec4f(p), lanes_fetch(D4 + d, i), dv[d]);
+          // unroll
+          for (var i = 0u; i < SOME; i++) {
+            scores[i] = fma(k[d], lanes_fetch(d, some * SOME + i), scores[i]);
+          }
+        }
+        // unroll
+        for (var d = 0u; d < D4; d++) {
+          // unroll
+          for (var i = 0u; i < SOME; i++) {
+            dp[i] = fma(v[d], lanes_fetch(D4 + d, some * SOME + i), dp[i]);
+          }
+        }
+        var p: array<f32, 4>;
+        var ds: array<f32, 4>;
+        // unroll
+        for (var i = 0u; i < SOME; i++) {
+          let at = i0 + some * SOME + i;
+          let known = lanes_fetch(2u * D4, some * SOME + i);
+          p[i] = select(0.0, exp(total(scores[i]) - known.x), row <= at && at < mine);
+          ds[i] = p[i] * (total(dp[i]) - known.y);
+        }
+        // unroll
+        for (var d = 0u; d < D4; d++) {
+          var sum_k = dk[d];
+          var sum_v = dv[d];
+          // unroll
+          for (var i = 0u; i < SOME; i++) {
+            sum_k = fma(vec4f(ds[i]), lanes_fetch(d, some * SOME + i), sum_k);
+            sum_v = fma(vec4f(p[i]), lanes_fetch(D4 + d, some * SOME + i), sum_v);
+          }
+          dk[d] = sum_k;
+          dv[d] = sum_v;
         }
       }
     }

@@ -17,6 +17,8 @@ export function createAttention(gpu: Gpu, shape: { heads: number; kvHeads: numbe
   // A CPU driver takes minutes to compile many reads of workgroup memory.
   const keys = gpu.lanes === "shared" && gpu.cpu ? 2 : 8;
   const slots = (n: number): Record<string, number> => gpu.lanes === "shared" ? { LANE_SLOTS: n } : {};
+  // What was fastest on a CPU driver; a GPU wants the registers for more threads.
+  const some = gpu.lanes === "shared" ? 1 : headDim > 32 ? 2 : 4;
   const constants = { LANES: lanes, HEADS: heads, KV_HEADS: kvHeads, D4: headDim / 4 };
   const tiles = (rows: Rows) => Math.ceil(rows.count / lanes);
   return {
@@ -49,12 +51,12 @@ export function createAttention(gpu: Gpu, shape: { heads: number; kvHeads: numbe
           grid: () => fold(Math.ceil(rows.count * heads / lanes)),
         }),
         kernel.record("backward_q", {
-          constants: { ...constants, ...slots(headDim / 2) },
+          constants: { ...constants, ...slots(headDim / 2), SOME: some },
           bind: common,
           grid: () => [tiles(rows), heads, 1],
         }),
         kernel.record("backward_kv", {
-          constants: { ...constants, ...slots(headDim / 2 + 1) },
+          constants: { ...constants, ...slots(headDim / 2 + 1), SOME: some },
           bind: common,
           grid: () => [tiles(rows), kvHeads, 1],
         }),
