@@ -8,9 +8,9 @@
 //   table            f32, f16 or bf16 (TYPE) [COUNT, DIM]   a slice of the vocabulary; or any f32 rows
 //   out, x, dtable   f32 [·, DIM]
 //   ids, order, starts   u32
-//   grid             gather, scatter: one workgroup per row, folded
-//                    backward: the same per distinct id, and in z one per 4 · LANES columns: a lane has one vec4 of columns,
-//                    because lavapipe ends an invocation's loops after 65,535 iterations in all
+//   grid             gather, scatter: at most one workgroup per row, folded
+//                    backward: one per distinct id, folded, and in z one per 4 · WIDE · LANES columns: a lane has one load of
+//                    columns, because lavapipe ends an invocation's loops after 65,535 iterations in all
 
 const F32 = 0u;
 const BF16 = 2u;
@@ -20,15 +20,17 @@ override DIM: u32;
 override TYPE: u32 = 0u;
 override FIRST: u32 = 0u;
 override COUNT: u32 = 0xffffffffu;
+const WIDE = 1u; // vec4f that are loaded and stored at once
 
 @group(0) @binding(0) var<uniform> rows: vec4u;
 @group(0) @binding(1) var<storage, read> ids: array<u32>;
-@group(0) @binding(2) var<storage, read> table: array<vec2u>;
-@group(0) @binding(3) var<storage, read> x: array<vec4f>;
-@group(0) @binding(4) var<storage, read_write> out: array<vec4f>;
-@group(0) @binding(5) var<storage, read> order: array<u32>;
-@group(0) @binding(6) var<storage, read> starts: array<u32>;
-@group(0) @binding(7) var<storage, read_write> dtable: array<vec4f>;
+@group(0) @binding(2) var<storage, read> table: array<array<vec4f, WIDE>>;
+@group(0) @binding(3) var<storage, read> half_table: array<array<vec2u, WIDE>>; // the same, as 16-bit numbers
+@group(0) @binding(4) var<storage, read> x: array<array<vec4f, WIDE>>;
+@group(0) @binding(5) var<storage, read_write> out: array<array<vec4f, WIDE>>;
+@group(0) @binding(6) var<storage, read> order: array<u32>;
+@group(0) @binding(7) var<storage, read> starts: array<u32>;
+@group(0) @binding(8) var<storage, read_write> dtable: array<array<vec4f, WIDE>>;
 
 fn halves(word: u32) -> vec2f {
   if (TYPE == BF16) {
@@ -38,38 +40,51 @@ fn halves(word: u32) -> vec2f {
 }
 
 @compute @workgroup_size(LANES)
-fn gather(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {
-  let row = group.x + group.y * 32768u;
-  if (row >= rows.x) {
-    return;
-  }
-  let id = ids[rows.y + row];
-  if (id < FIRST || id - FIRST >= COUNT) {
-    return;
-  }
-  for (var c = lane; c < DIM / 4u; c += LANES) {
-    let at = (id - FIRST) * (DIM / 4u) + c;
-    if (TYPE == F32) {
-      out[row * (DIM / 4u) + c] = vec4f(bitcast<vec2f>(table[at * 2u]), bitcast<vec2f>(table[at * 2u + 1u]));
-    } else {
-      out[row * (DIM / 4u) + c] = vec4f(halves(table[at].x), halves(table[at].y));
+fn gather(
+  @builtin(workgroup_id) group: vec3u,
+  @builtin(num_workgroups) groups: vec3u,
+  @builtin(local_invocation_index) lane: u32,
+) {
+  let width = DIM / (4u * WIDE);
+  for (var row = group.x + group.y * 32768u; row < rows.x; row += groups.x * groups.y) {
+    let id = ids[rows.y + row];
+    if (id >= FIRST && id - FIRST < COUNT) {
+      for (var c = lane; c < width; c += LANES) {
+        let at = (id - FIRST) * width + c;
+        if (TYPE == F32) {
+          out[row * width + c] = table[at];
+        } else {
+          var words = half_table[at];
+          var value = array<vec4f, WIDE>();
+          // unroll
+          for (var h = 0u; h < WIDE; h++) {
+            value[h] = vec4f(halves(words[h].x), halves(words[h].y));
+          }
+          out[row * width + c] = value;
+        }
+      }
     }
   }
 }
 
 @compute @workgroup_size(LANES)
-fn scatter(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {
-  let row = group.x + group.y * 32768u;
-  if (row >= rows.x) {
-    return;
-  }
-  for (var c = lane; c < DIM / 4u; c += LANES) {
-    out[ids[rows.y + row] * (DIM / 4u) + c] = x[row * (DIM / 4u) + c];
+fn scatter(
+  @builtin(workgroup_id) group: vec3u,
+  @builtin(num_workgroups) groups: vec3u,
+  @builtin(local_invocation_index) lane: u32,
+) {
+  let width = DIM / (4u * WIDE);
+  for (var row = group.x + group.y * 32768u; row < rows.x; row += groups.x * groups.y) {
+    let id = ids[rows.y + row];
+    for (var c = lane; c < width; c += LANES) {
+      out[id * width + c] = x[row * width + c];
+    }
   }
 }
 
 @compute @workgroup_size(LANES)
 fn backward(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {
+  let width = DIM / (4u * WIDE);
   let slot = group.x + group.y * 32768u;
   if (slot >= rows.x) {
     return;
@@ -79,12 +94,22 @@ fn backward(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index
     return;
   }
   let c = group.z * LANES + lane;
-  if (c >= DIM / 4u) {
+  if (c >= width) {
     return;
   }
-  var sum = vec4f(0.0);
-  for (var i = starts[slot]; i < starts[slot + 1u]; i++) {
-    sum += x[order[i] * (DIM / 4u) + c];
+  let end = starts[slot + 1u];
+  var sum = array<vec4f, WIDE>();
+  for (var i = starts[slot]; i < end; i++) {
+    var more = x[order[i] * width + c];
+    // unroll
+    for (var h = 0u; h < WIDE; h++) {
+      sum[h] += more[h];
+    }
   }
-  dtable[(id - FIRST) * (DIM / 4u) + c] += sum;
+  var value = dtable[(id - FIRST) * width + c];
+  // unroll
+  for (var h = 0u; h < WIDE; h++) {
+    value[h] += sum[h];
+  }
+  dtable[(id - FIRST) * width + c] = value;
 }

@@ -8,38 +8,69 @@
 //   x, out, dout, dx   f32 [rows, DIM]
 //   weight, dweight    f32 [DIM]
 //   rstd               f32 [rows]       kept by forward for backward
-//   grid               forward, backward: one workgroup per row, folded; backward_weight: [DIM / (4 · LANES)]
+//   grid               forward, backward: at most one workgroup per row, folded
+//                      backward_weight: [DIM / (4 · WIDE · LANES)]
 //   shared             lanes_*
 
 override LANES: u32;
 override DIM: u32;
 override EPS: f32;
 override ADD: u32 = 1u; // 0: backward overwrites dx
+const WIDE = 1u; // vec4f that are loaded and stored at once
+const KEPT = 16u; // loads of a row that a lane keeps for its second pass; longer rows are loaded twice
 
 @group(0) @binding(0) var<uniform> rows: vec4u;
-@group(0) @binding(1) var<storage, read> x: array<vec4f>;
+@group(0) @binding(1) var<storage, read> x: array<array<vec4f, WIDE>>;
+// image
 @group(0) @binding(2) var<storage, read> weight: array<vec4f>;
 @group(0) @binding(3) var<storage, read_write> rstd: array<f32>;
-@group(0) @binding(4) var<storage, read_write> out: array<vec4f>;
-@group(0) @binding(5) var<storage, read> dout: array<vec4f>;
-@group(0) @binding(6) var<storage, read_write> dx: array<vec4f>;
-@group(0) @binding(7) var<storage, read_write> dweight: array<vec4f>;
+@group(0) @binding(4) var<storage, read_write> out: array<array<vec4f, WIDE>>;
+@group(0) @binding(5) var<storage, read> dout: array<array<vec4f, WIDE>>;
+@group(0) @binding(6) var<storage, read_write> dx: array<array<vec4f, WIDE>>;
+@group(0) @binding(7) var<storage, read_write> dweight: array<array<vec4f, WIDE>>;
+
+/// Whether load `c` is one of a row's.
+fn inside(c: u32) -> bool {
+  return DIM % (4u * WIDE * LANES) == 0u || c < DIM / (4u * WIDE);
+}
 
 @compute @workgroup_size(LANES)
-fn forward(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {
-  let row = group.x + group.y * 32768u;
-  let first = row * (DIM / 4u);
-  var squares = 0.0;
-  if (row < rows.x) {
-    for (var c = lane; c < DIM / 4u; c += LANES) {
-      let value = x[first + c];
-      squares += dot(value, value);
+fn forward(
+  @builtin(workgroup_id) group: vec3u,
+  @builtin(num_workgroups) groups: vec3u,
+  @builtin(local_invocation_index) lane: u32,
+) {
+  for (var row = group.x + group.y * 32768u; row < rows.x; row += groups.x * groups.y) {
+    let first = row * (DIM / (4u * WIDE));
+    var kept: array<array<vec4f, WIDE>, KEPT>;
+    var squares = 0.0;
+    // unroll up to 16
+    for (var i = 0u; i < (DIM / 4u / WIDE + LANES - 1u) / LANES; i++) {
+      let c = i * LANES + lane;
+      if (inside(c)) {
+        var value = x[first + c];
+        // unroll
+        for (var h = 0u; h < WIDE; h++) {
+          squares += dot(value[h], value[h]);
+        }
+        kept[i % KEPT] = value;
+      }
     }
-  }
-  let scale = 1.0 / sqrt(lanes_sum(squares, lane) / f32(DIM) + EPS);
-  if (row < rows.x) {
-    for (var c = lane; c < DIM / 4u; c += LANES) {
-      out[first + c] = x[first + c] * scale * weight[c];
+    let scale = 1.0 / sqrt(lanes_sum(squares, lane) / f32(DIM) + EPS);
+    // unroll up to 16
+    for (var i = 0u; i < (DIM / 4u / WIDE + LANES - 1u) / LANES; i++) {
+      let c = i * LANES + lane;
+      if (inside(c)) {
+        var value = kept[i % KEPT];
+        if (DIM > KEPT * 4u * WIDE * LANES) {
+          value = x[first + c];
+        }
+        // unroll
+        for (var h = 0u; h < WIDE; h++) {
+          value[h] *= scale * weight[c * WIDE + h];
+        }
+        out[first + c] = value;
+      }
     }
     if (lane == 0u) {
       rstd[row] = scale;
@@ -48,35 +79,77 @@ fn forward(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index)
 }
 
 @compute @workgroup_size(LANES)
-fn backward(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {
-  let row = group.x + group.y * 32768u;
-  let first = row * (DIM / 4u);
-  var products = 0.0;
-  if (row < rows.x) {
-    for (var c = lane; c < DIM / 4u; c += LANES) {
-      products += dot(dout[first + c] * weight[c], x[first + c]);
+fn backward(
+  @builtin(workgroup_id) group: vec3u,
+  @builtin(num_workgroups) groups: vec3u,
+  @builtin(local_invocation_index) lane: u32,
+) {
+  for (var row = group.x + group.y * 32768u; row < rows.x; row += groups.x * groups.y) {
+    let first = row * (DIM / (4u * WIDE));
+    var kept_x: array<array<vec4f, WIDE>, KEPT>;
+    var kept_g: array<array<vec4f, WIDE>, KEPT>;
+    var products = 0.0;
+    // unroll up to 16
+    for (var i = 0u; i < (DIM / 4u / WIDE + LANES - 1u) / LANES; i++) {
+      let c = i * LANES + lane;
+      if (inside(c)) {
+        var value = x[first + c];
+        var g = dout[first + c];
+        // unroll
+        for (var h = 0u; h < WIDE; h++) {
+          g[h] *= weight[c * WIDE + h];
+          products += dot(g[h], value[h]);
+        }
+        kept_x[i % KEPT] = value;
+        kept_g[i % KEPT] = g;
+      }
     }
-  }
-  let mean = lanes_sum(products, lane) / f32(DIM);
-  if (row < rows.x) {
     let scale = rstd[row];
-    for (var c = lane; c < DIM / 4u; c += LANES) {
-      let d = scale * (dout[first + c] * weight[c] - x[first + c] * (scale * scale * mean));
-      dx[first + c] = select(d, dx[first + c] + d, ADD == 1u);
+    let mean = scale * scale * (lanes_sum(products, lane) / f32(DIM));
+    // unroll up to 16
+    for (var i = 0u; i < (DIM / 4u / WIDE + LANES - 1u) / LANES; i++) {
+      let c = i * LANES + lane;
+      if (inside(c)) {
+        var value = kept_x[i % KEPT];
+        var g = kept_g[i % KEPT];
+        if (DIM > KEPT * 4u * WIDE * LANES) {
+          value = x[first + c];
+          g = dout[first + c];
+          // unroll
+          for (var h = 0u; h < WIDE; h++) {
+            g[h] *= weight[c * WIDE + h];
+          }
+        }
+        var sum = array<vec4f, WIDE>();
+        if (ADD == 1u) {
+          sum = dx[first + c];
+        }
+        // unroll
+        for (var h = 0u; h < WIDE; h++) {
+          sum[h] += scale * (g[h] - value[h] * mean);
+        }
+        dx[first + c] = sum;
+      }
     }
   }
 }
 
 @compute @workgroup_size(LANES)
 fn backward_weight(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {
+  let width = DIM / (4u * WIDE);
   let column = group.x * LANES + lane;
-  if (column >= DIM / 4u) {
+  if (column >= width) {
     return;
   }
-  var sum = vec4f(0.0);
+  var sum = dweight[column];
   for (var row = 0u; row < rows.x; row++) {
-    let at = row * (DIM / 4u) + column;
-    sum += dout[at] * x[at] * rstd[row];
+    var value = x[row * width + column];
+    var g = dout[row * width + column];
+    let scale = rstd[row];
+    // unroll
+    for (var h = 0u; h < WIDE; h++) {
+      sum[h] += g[h] * value[h] * scale;
+    }
   }
-  dweight[column] += sum;
+  dweight[column] = sum;
 }

@@ -2,6 +2,7 @@
 import type { Gpu } from "../gpu/device.ts";
 import { type Dispatch, fold, Kernel } from "../gpu/kernel.ts";
 import { createTensor, type Tensor, upload } from "../gpu/tensor.ts";
+import { groupsOf, widen } from "../gpu/wide.ts";
 import source from "../../kernels/adamw.wgsl" with { type: "text" };
 
 /** Elements per optimizer block, as in bitsandbytes since 0.44. */
@@ -73,18 +74,40 @@ export function blockTable(slots: readonly ParameterSlot[]): Uint32Array<ArrayBu
   return new Uint32Array(rows);
 }
 
+/** A block table on the GPU. */
+export interface Blocks extends Tensor {
+  /** Whether all rows, or tensors where they have no gaps, begin at multiples of 8 elements and share no 8 of them. */
+  readonly aligned: boolean;
+}
+
 /** Uploads a block table under `name`; null when there is nothing in it. */
-export async function createBlocks(gpu: Gpu, { name, slots }: { name: string; slots: readonly ParameterSlot[] }) {
+export async function createBlocks(
+  gpu: Gpu,
+  { name, slots }: { name: string; slots: readonly ParameterSlot[] },
+): Promise<Blocks | null> {
   const table = blockTable(slots);
   if (table.length === 0) return null;
   const tensor = createTensor(gpu, { name, shape: [table.length / 4, 4], dtype: "u32" });
   await upload(gpu, tensor, table);
-  return tensor;
+  const aligned = slots.every(({ offset, columns, stride }) =>
+    offset % 8 === 0 && (columns === stride || columns % 8 === 0 && stride % 8 === 0)
+  );
+  return { ...tensor, aligned };
+}
+
+/** What both kinds of update work on: `grad` has `param`'s layout. */
+interface Shared {
+  readonly step: GPUBuffer;
+  readonly norm: Tensor;
+  readonly blocks: Blocks;
+  readonly grad: Tensor;
+  readonly param: Tensor;
 }
 
 /** AdamW over parameter buffers, in the arithmetic of `convention`. */
 export function createAdamw(gpu: Gpu, convention: Convention) {
-  const kernel = new Kernel(gpu, "adamw", source);
+  const narrow = new Kernel(gpu, "adamw", source), wide = new Kernel(gpu, "adamw", widen(gpu, source, 8));
+  const kernelFor = (t: Tensor) => t.bytes % 32 === 0 ? wide : narrow;
   const after = { DECAY_AFTER: convention === "torch" ? 0 : 1 };
   const count = (t: Tensor) => t.shape.reduce((product, n) => product * n, 1);
   return {
@@ -92,40 +115,47 @@ export function createAdamw(gpu: Gpu, convention: Convention) {
     parts: (grad: Tensor): number => Math.ceil(count(grad) / 4096),
     /** `partial[part …] =` sums of squares of `grad`. */
     sumSquares: (t: { grad: Tensor; partial: Tensor; part: number }): Dispatch =>
-      kernel.record("sum_squares", {
+      kernelFor(t.grad).record("sum_squares", {
         constants: { PART: t.part, COUNT: count(t.grad) },
         bind: { grad: t.grad, partial: t.partial },
         grid: fold(Math.ceil(count(t.grad) / 4096)),
       }),
     /** Norm and clipping coefficient from `parts` partial sums into `norm` `[4]`, and the norm into `norms[slot]`. */
     clip: (t: { step: GPUBuffer; partial: Tensor; parts: number; norm: Tensor; norms: Tensor }): Dispatch =>
-      kernel.record("clip", {
+      narrow.record("clip", {
         constants: { PARTS: t.parts },
         bind: { step: t.step, partial: t.partial, norm: t.norm, norms: t.norms },
         grid: [1, 1, 1],
       }),
     /** One update of the tensors of `blocks`, moments in f32 buffers of `param`'s layout. */
     step32: (
-      t: { step: GPUBuffer; norm: Tensor; blocks: Tensor; grad: Tensor; param: Tensor; state1: Tensor; state2: Tensor },
-    ): Dispatch =>
-      kernel.record("step32", {
+      { step, norm, blocks, grad, param, state1, state2 }: Shared & { state1: Tensor; state2: Tensor },
+    ): Dispatch => {
+      const each = blocks.aligned ? "" : "_each";
+      return kernelFor(param).record(`step32${each}`, {
         constants: after,
-        bind: { ...t },
-        grid: fold(t.blocks.shape[0]!),
-      }),
+        bind: {
+          step,
+          norm,
+          blocks,
+          [`grad${each}`]: grad,
+          [`param${each}`]: param,
+          [`state1${each}`]: state1,
+          [`state2${each}`]: state2,
+        },
+        grid: fold(groupsOf(gpu, blocks.shape[0]!)),
+      });
+    },
     /** One update with 8-bit moments; codes u8 `[blocks, 256]`, absmax f32 `[blocks, 2]`, maps f32 `[256, 2]`. */
     step8: (
-      t: {
-        step: GPUBuffer;
-        norm: Tensor;
-        blocks: Tensor;
-        grad: Tensor;
-        param: Tensor;
-        codes1: Tensor;
-        codes2: Tensor;
-        absmax: Tensor;
-        maps: Tensor;
-      },
-    ): Dispatch => kernel.record("step8", { constants: after, bind: { ...t }, grid: fold(t.blocks.shape[0]!) }),
+      { blocks, grad, param, ...rest }: Shared & { codes1: Tensor; codes2: Tensor; absmax: Tensor; maps: Tensor },
+    ): Dispatch => {
+      const each = blocks.aligned ? "" : "_each";
+      return kernelFor(param).record(`step8${each}`, {
+        constants: after,
+        bind: { ...rest, blocks, [`grad${each}`]: grad, [`param${each}`]: param },
+        grid: fold(groupsOf(gpu, blocks.shape[0]!)),
+      });
+    },
   };
 }

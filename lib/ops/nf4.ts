@@ -2,13 +2,14 @@
 import type { Gpu } from "../gpu/device.ts";
 import { type Dispatch, fold, Kernel } from "../gpu/kernel.ts";
 import type { Tensor } from "../gpu/tensor.ts";
+import { widen, wideOf } from "../gpu/wide.ts";
 import source from "../../kernels/nf4.wgsl" with { type: "text" };
 
 const TYPE: Record<string, number> = { f32: 0, f16: 1, bf16: 2 };
 
 /** Dequantization with the 16 values of `code` (bitsandbytes' `quant_map`). */
 export function createNf4(gpu: Gpu, code: Float32Array<ArrayBuffer>) {
-  const kernel = new Kernel(gpu, "nf4", source);
+  const kernel = new Kernel(gpu, "nf4", widen(gpu, source, 8)), wide = wideOf(gpu, 8);
   const usage = GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST;
   const table = gpu.device.createBuffer({ label: "nf4.code", size: 64, usage });
   gpu.queue.writeBuffer(table, 0, code);
@@ -23,7 +24,7 @@ export function createNf4(gpu: Gpu, code: Float32Array<ArrayBuffer>) {
       return kernel.record("dequantize", {
         constants: { TYPE: TYPE[t.out.dtype]!, COUNT: t.count, BLOCK_SHIFT: Math.log2(t.blocksize) },
         bind: { code: table, codes: t.codes, absmax: t.absmax, out: t.out },
-        grid: fold(Math.ceil(t.count / 8 / 64)),
+        grid: fold(Math.ceil(t.count / (8 * wide) / 64)),
       });
     },
   };

@@ -2,11 +2,12 @@
 import type { Gpu } from "../gpu/device.ts";
 import { type Dispatch, fold, Kernel, laneCount, type Rows } from "../gpu/kernel.ts";
 import type { Tensor } from "../gpu/tensor.ts";
+import { groupsOf, widen, wideOf } from "../gpu/wide.ts";
 import source from "../../kernels/rmsnorm.wgsl" with { type: "text" };
 
 /** Root-mean-square normalization over rows of `dim` columns (arXiv:1910.07467). */
 export function createRmsnorm(gpu: Gpu, { dim, eps }: { dim: number; eps: number }) {
-  const kernel = new Kernel(gpu, "rmsnorm", source);
+  const kernel = new Kernel(gpu, "rmsnorm", widen(gpu, source, dim));
   const constants = { DIM: dim };
   return {
     /** `out = x · rstd · weight`; x, out `[rows, dim]`, weight `[dim]`, rstd `[rows]` is kept for backward. */
@@ -14,7 +15,7 @@ export function createRmsnorm(gpu: Gpu, { dim, eps }: { dim: number; eps: number
       kernel.record("forward", {
         constants: { ...constants, EPS: eps },
         bind: { rows: t.rows.buffer, x: t.x, weight: t.weight, out: t.out, rstd: t.rstd },
-        grid: () => fold(t.rows.count),
+        grid: () => fold(groupsOf(gpu, t.rows.count)),
       }),
     /** Adds the gradient of `x` to `dx`, or writes it there with `overwrite`. */
     backward: (
@@ -23,14 +24,14 @@ export function createRmsnorm(gpu: Gpu, { dim, eps }: { dim: number; eps: number
       kernel.record("backward", {
         constants: { ...constants, ADD: t.overwrite ? 0 : 1 },
         bind: { rows: t.rows.buffer, x: t.x, weight: t.weight, rstd: t.rstd, dout: t.dout, dx: t.dx },
-        grid: () => fold(t.rows.count),
+        grid: () => fold(groupsOf(gpu, t.rows.count)),
       }),
     /** Adds the gradient of `weight` to `dweight` `[dim]`. */
     backwardWeight: (t: { rows: Rows; x: Tensor; rstd: Tensor; dout: Tensor; dweight: Tensor }): Dispatch =>
       kernel.record("backward_weight", {
         constants,
         bind: { rows: t.rows.buffer, x: t.x, rstd: t.rstd, dout: t.dout, dweight: t.dweight },
-        grid: [Math.ceil(dim / 4 / laneCount(gpu)), 1, 1],
+        grid: [Math.ceil(dim / (4 * wideOf(gpu, dim)) / laneCount(gpu)), 1, 1],
       }),
   };
 }

@@ -2,6 +2,7 @@
 import type { Gpu } from "../gpu/device.ts";
 import { type Dispatch, fold, Kernel, type Rows } from "../gpu/kernel.ts";
 import { createTensor, destroyTensors, type Tensor, upload } from "../gpu/tensor.ts";
+import { groupsOf, widen } from "../gpu/wide.ts";
 import source from "../../kernels/rope.wgsl" with { type: "text" };
 
 /** Sizes that rotary embedding needs. */
@@ -31,7 +32,7 @@ export function ropeTables({ headDim, theta, positions }: Omit<RopeShape, "heads
 
 /** Rotary position embedding of the q and k columns of fused `[q k v]` rows (arXiv:2104.09864). */
 export async function createRope(gpu: Gpu, { heads, kvHeads, headDim, theta, positions }: RopeShape) {
-  const kernel = new Kernel(gpu, "rope", source);
+  const kernel = new Kernel(gpu, "rope", widen(gpu, source, headDim / 2));
   const tables = ropeTables({ headDim, theta, positions });
   const cosine = createTensor(gpu, { name: "rope.cosine", shape: [positions, headDim / 2] });
   const sine = createTensor(gpu, { name: "rope.sine", shape: [positions, headDim / 2] });
@@ -41,7 +42,7 @@ export async function createRope(gpu: Gpu, { heads, kvHeads, headDim, theta, pos
     kernel.record("rotate", {
       constants: { WIDTH: (heads + 2 * kvHeads) * headDim, HEADS: heads + kvHeads, HALF: headDim / 2, SIGN: sign },
       bind: { rows: t.rows.buffer, positions: t.positions, cosine, sine, qkv: t.qkv },
-      grid: () => fold(t.rows.count),
+      grid: () => fold(groupsOf(gpu, t.rows.count)),
     });
   return {
     /** Rotates `qkv` `[rows, (H + 2·KV)·D]` in place. */

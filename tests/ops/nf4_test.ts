@@ -30,7 +30,7 @@ for (const dtype of ["f32", "f16", "bf16"] as const) {
       const expected = stored(dequantizeNf4(of), dtype).bytes;
       assertEquals(new Uint8Array(found!.buffer), expected, `${count} in blocks of ${blocksize}`);
     }
-  }, { models: false });
+  });
 }
 
 gpuTest("nf4.dequantize folds a grid of more than 32,768 workgroups", async ({ gpu, input, output, compute }) => {
