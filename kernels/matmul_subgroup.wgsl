@@ -328,7 +328,7 @@ fn tn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
   var a: array<vec4f, 32>;
   var b: array<vec4f, 8>;
   for (var t = 0u; t < count; t += 8u) {
-    // Here a lane holds rows of x, HIGH columns of them: t + lane, or two where four lanes share 8; past the end zeros.
+    // Here a lane holds rows of x, HIGH columns of them: t + lane, or more where fewer lanes share 8; past the end zeros.
     // unroll
     for (var s = 0u; s < 8u / STEP; s++) {
       let mine = t + s * STEP + lane % STEP;

@@ -127,9 +127,10 @@ function formsOf(gpu: Gpu): (entry: "nt" | "nn" | "tn", rows: number, columns: n
   if (gpu.lanes === "subgroup") {
     const kernel = new Kernel(gpu, "matmul_subgroup", subgroupSource), lanes = gpu.subgroup;
     return (entry, rows, columns) => {
-      // Up to 16 columns more than full tiles: half as wide tiles waste less than they cost. So do half as high ones in tn.
+      // Up to 16 columns more than full tiles: half as wide tiles waste less than they cost. So do half as high ones in tn,
+      // and quarters for 8 columns.
       const rest = (size: number) => size % 32 > 0 && size % 32 <= 16 && size <= 80;
-      const part = lanes === 8 && rows > 32 && rest(columns) ? 4 : lanes;
+      const part = lanes === 8 && rows > 32 && rest(columns) ? columns === 8 ? 2 : 4 : lanes;
       const high = entry === "tn" && part === lanes && rest(rows) ? 16 : 32;
       const constants = {
         LANES: lanes,

@@ -132,6 +132,9 @@ const CASES: Record<Entry, readonly Case[]> = {
     { size: [129, 48, 40], plus: "out" },
     { size: [64, 16, 72], w: "bf16" },
     { size: [31, 72, 64], ranks: [16, 16], columns: [40, 32], w: "f16" },
+    { size: [70, 72, 64], ranks: [16, 16], columns: [40, 32], w: "bf16", plus: "out", gap: GAP },
+    { size: [97, 80, 24], ranks: [0, 8, 8], columns: [40, 16, 24], plus: "tensor" },
+    { size: [129, 8, 40], ranks: [8], columns: [8], w: "f16", plus: "out", gap: GAP },
     { size: [65, 104, 64], ranks: [0, 8, 8], columns: [40, 40, 24], w: "bf16", scale: 2, plus: "out" },
     { size: [32, 104, 64], ranks: [16, 0, 16], columns: [40, 40, 24], w: "f16", scale: -0.5, plus: "tensor" },
     { size: [5, 104, 16], ranks: [8, 8, 0], columns: [40, 24, 40] },
@@ -146,6 +149,7 @@ const CASES: Record<Entry, readonly Case[]> = {
     { size: [129, 48, 40], plus: "out" },
     { size: [64, 16, 72], w: "bf16" },
     { size: [65, 72, 64], ranks: [48], columns: [72], w: "f16", scale: 2, plus: "out" },
+    { size: [129, 8, 40], ranks: [8], columns: [8], w: "f16", plus: "out", gap: GAP },
     { size: [31, 136, 64], ranks: [16], columns: [136], w: "bf16", plus: "tensor" },
   ],
   tn: [
@@ -156,6 +160,7 @@ const CASES: Record<Entry, readonly Case[]> = {
     { size: [48, 64, 33], gap: GAP },
     { size: [16, 136, 70], plus: "out", w: "f16" },
     { size: [136, 16, 65] },
+    { size: [136, 8, 65], plus: "out", gap: GAP },
     { size: [64, 96, 5], plus: "tensor" },
   ],
 };
