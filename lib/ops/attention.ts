@@ -1,6 +1,6 @@
 /** Binding of attention.wgsl: names, shapes and grids; no arithmetic. */
 import type { Gpu } from "../gpu/device.ts";
-import { type Dispatch, fold, Kernel, type Rows } from "../gpu/kernel.ts";
+import { type Dispatch, Kernel, type Rows } from "../gpu/kernel.ts";
 import type { Tensor } from "../gpu/tensor.ts";
 import source from "../../kernels/attention.wgsl" with { type: "text" };
 
@@ -13,23 +13,30 @@ export function createAttention(gpu: Gpu, shape: { heads: number; kvHeads: numbe
   const kernel = new Kernel(gpu, "attention", source);
   // What a lane keeps for the others must fit into workgroup memory: with wide heads on small devices fewer lanes do.
   const fits = gpu.limits.maxComputeWorkgroupStorageSize / (16 * (headDim / 2 + 1) + 4);
-  const lanes = gpu.lanes === "subgroup" ? gpu.subgroup : fits >= 32 ? 32 : 16;
-  // A CPU driver takes minutes to compile many reads of workgroup memory.
-  const keys = gpu.lanes === "shared" && gpu.cpu ? 2 : 8;
-  const slots = (n: number): Record<string, number> => gpu.lanes === "shared" ? { LANE_SLOTS: n } : {};
-  // What was fastest on a CPU driver; a GPU wants the registers for more threads.
-  const some = gpu.lanes === "shared" ? 1 : headDim > 32 ? 2 : 4;
+  const subgroup = gpu.lanes === "subgroup";
+  const lanes = subgroup ? gpu.subgroup : fits >= 32 ? 32 : 16;
+  // A CPU driver is fastest with the most rows and keys for which the code of a loop fits its instruction cache; a GPU
+  // wants the registers for more threads.
+  const perLane = subgroup && headDim <= 64 ? 2 : 1;
+  /** Constants for tiles of `rows` rows, or of more where so many lanes cannot share the columns of a row. */
+  const tile = (rows: number): Record<string, number> => {
+    let share = lanes / rows;
+    while (headDim / 4 % share) share /= 2;
+    return { ROWS: perLane, SHARE: share, SOME: Math.min(lanes / share, 8) };
+  };
+  const shared = (slots: number, some: number): Record<string, number> => ({ LANE_SLOTS: slots, SOME: some });
   const constants = { LANES: lanes, HEADS: heads, KV_HEADS: kvHeads, D4: headDim / 4 };
-  const tiles = (rows: Rows) => Math.ceil(rows.count / lanes);
+  const blocks = (rows: Rows) => Math.ceil(rows.count / (lanes * perLane));
   return {
     /** qkv `[rows, (H+2·KV)·D]` after rope, spans `[rows, 2]` u32; writes out `[rows, H·D]` and lse `[rows, H]`. */
     forward: (t: { rows: Rows; qkv: Tensor; spans: Tensor; out: Tensor; lse: Tensor }): Dispatch =>
       kernel.record("forward", {
-        constants: { ...constants, ...slots(headDim / 2), KEYS: keys },
+        // A CPU driver takes minutes to compile many reads of workgroup memory.
+        constants: { ...constants, ...(subgroup ? tile(headDim <= 64 ? 4 : 2) : shared(headDim / 2, gpu.cpu ? 2 : 8)) },
         bind: { rows: t.rows.buffer, qkv: t.qkv, spans: t.spans, out: t.out, lse: t.lse },
-        grid: () => [tiles(t.rows), heads, 1],
+        grid: () => [blocks(t.rows), heads, 1],
       }),
-    /** Writes dqkv `[rows, (H+2·KV)·D]` in three dispatches; delta `[rows, H]` is scratch. */
+    /** Writes dqkv `[rows, (H+2·KV)·D]` in two dispatches; delta `[rows, H]` is scratch. */
     backward: (
       t: {
         rows: Rows;
@@ -43,22 +50,21 @@ export function createAttention(gpu: Gpu, shape: { heads: number; kvHeads: numbe
       },
     ): Dispatch[] => {
       const { rows, qkv, spans, out, lse, dout, delta, dqkv } = t;
-      const common = { rows: rows.buffer, qkv, spans, lse, dout, delta, dqkv };
+      const common = { rows: rows.buffer, qkv, spans, given_lse: lse, dout, dqkv };
+      const back = (slots: number) => ({
+        ...constants,
+        ...(subgroup ? tile(headDim <= 32 ? 4 : 2) : shared(slots, 1)),
+      });
       return [
-        kernel.record("make_delta", {
-          constants: { ...constants, ...slots(1) },
-          bind: { rows: rows.buffer, dout, out, delta },
-          grid: () => fold(Math.ceil(rows.count * heads / lanes)),
-        }),
         kernel.record("backward_q", {
-          constants: { ...constants, ...slots(headDim / 2), SOME: some },
-          bind: common,
-          grid: () => [tiles(rows), heads, 1],
+          constants: back(headDim / 2),
+          bind: { ...common, given_out: out, delta },
+          grid: () => [blocks(rows), heads, 1],
         }),
         kernel.record("backward_kv", {
-          constants: { ...constants, ...slots(headDim / 2 + 1), SOME: some },
-          bind: common,
-          grid: () => [tiles(rows), kvHeads, 1],
+          constants: back(headDim / 2 + 1),
+          bind: { ...common, given_delta: delta },
+          grid: () => [blocks(rows), kvHeads, 1],
         }),
       ];
     },

@@ -18,6 +18,7 @@ const SHAPES = [
   { heads: 4, kvHeads: 2, headDim: 16, packings: [[1, 1], PACKED] },
   { heads: 1, kvHeads: 1, headDim: 24, packings: [[33]] },
   { heads: 3, kvHeads: 1, headDim: 32, packings: [[5], PACKED] },
+  { heads: 1, kvHeads: 1, headDim: 40, packings: [[33]] },
   { heads: 2, kvHeads: 1, headDim: 64, packings: [PACKED] },
   { heads: 1, kvHeads: 1, headDim: 128, packings: [PACKED] },
 ];
