@@ -12,11 +12,12 @@
 //   sizes                 k, r multiples of 8; n multiples of 4; in tn the m columns of x of 8
 //   segments (nt)         columns [0, end0), [end0, end1), [end1, n) with LoRA operands of their own
 //   PART                  lanes that stand beside each other in a row of the result; the other lanes have rows of their own
-//   grid                  nt, nn: [column tiles, row tiles]; tn: [column tiles of w, column tiles of x]; a tile is one
-//                         subgroup, 4 · PART columns by HIGH · LANES / PART rows
+//   grid                  [column tiles, row tiles], or with DOWN [row tiles, column tiles]; a tile is one subgroup, 4 · PART
+//                         columns by HIGH · LANES / PART rows
 //
-// A lane holds 4 columns of HIGH rows. It loads every 8-step rows of x for the others of its part and hands them on by
-// shuffles whose lanes the driver knows when it compiles. Rows outermost keeps the sums in registers.
+// A lane holds 4 columns of HIGH rows. It loads rows of x for the others of its part and hands them on by shuffles whose
+// lanes the driver knows when it compiles. A round of the loop takes 8 inner steps, four at a time: so many weights stay in
+// registers, and a loop that is any longer no longer fits the instruction cache.
 
 const F32 = 0u;
 const F16 = 1u;
@@ -32,6 +33,7 @@ override HIGH: u32 = 32u; // nt, nn: 32; tn: 32 or 16
 override W_TYPE: u32 = 0u;
 override LORA: u32 = 0u; // 1: the product has a low-rank term
 override PLUS: u32 = 0u;
+override DOWN: u32 = 0u; // 1: tiles are run down the columns of the result, not along its rows
 
 struct Dims {
   m: u32,
@@ -80,13 +82,20 @@ fn halves(word: u32) -> vec2f {
   return unpack2x16float(word);
 }
 
-/// Weights `i` .. `i` + 7, counted in elements; `i` is a multiple of 8.
-fn weight8(i: u32) -> mat2x4f {
+/// What a lane loads at once of the weights from `i` on, where they are 16-bit: 8 of them; `i` is a multiple of 8.
+fn words8(i: u32) -> vec4u {
   if (W_TYPE == F32) {
-    return mat2x4f(bitcast<vec4f>(w[i >> 2u]), bitcast<vec4f>(w[(i >> 2u) + 1u]));
+    return vec4u();
   }
-  let words = w[i >> 3u];
-  return mat2x4f(vec4f(halves(words.x), halves(words.y)), vec4f(halves(words.z), halves(words.w)));
+  return w[i >> 3u];
+}
+
+/// Weights `i` + 4 `h` .. `i` + 4 `h` + 3, of which `words` are known.
+fn weight_half(i: u32, h: u32, words: vec4u) -> vec4f {
+  if (W_TYPE == F32) {
+    return bitcast<vec4f>(w[(i >> 2u) + h]);
+  }
+  return vec4f(halves(words[2u * h]), halves(words[2u * h + 1u]));
 }
 
 /// Weights `i` .. `i` + 3; `i` is a multiple of 4.
@@ -99,19 +108,19 @@ fn weight4(i: u32) -> vec4f {
   return vec4f(halves(mine.x), halves(mine.y));
 }
 
-/// c[i] += Σ_k a(i, k) · b[k] over 8 k; lane l of the part that begins at `own` holds rows l, l + PART, …, two vec4 each.
+/// c[i] += Σ_k a(i, k) · b[k] over 4 k; lane l of the part that begins at `own` holds rows l, l + PART, ….
 fn multiply(
   c: ptr<function, array<vec4f, 32>>,
-  a: ptr<function, array<vec4f, 32>>,
-  b: ptr<function, array<vec4f, 8>>,
+  a: ptr<function, array<vec4f, 16>>,
+  b: ptr<function, array<vec4f, 4>>,
   own: u32,
 ) {
   // unroll: literal lanes and registers
   for (var i = 0u; i < 32u; i++) {
     var sum = (*c)[i];
     // unroll
-    for (var k = 0u; k < 8u; k++) {
-      sum = fma(vec4f(subgroupShuffle((*a)[i / PART * 2u + k / 4u][k % 4u], own + i % PART)), (*b)[k], sum);
+    for (var k = 0u; k < 4u; k++) {
+      sum = fma(vec4f(subgroupShuffle((*a)[i / PART][k], own + i % PART)), (*b)[k], sum);
     }
     (*c)[i] = sum;
   }
@@ -182,9 +191,10 @@ fn tile_of(index: u32) -> Tile {
 
 @compute @workgroup_size(LANES)
 fn nt(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane: u32) {
-  let tile = tile_of(group.x);
+  let place = select(group.xy, group.yx, DOWN == 1u);
+  let tile = tile_of(place.x);
   let own = lane / PART * PART;
-  let row0 = group.y * (32u * LANES / PART) + lane / PART * 32u;
+  let row0 = place.y * (32u * LANES / PART) + lane / PART * 32u;
   let last = rows.x - 1u;
   // Lanes past the end of the segment compute its last columns again and write nothing.
   let column = tile.column + lane % PART * 4u;
@@ -204,35 +214,40 @@ fn nt(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
     lora_row[g] = (tile.lora_x + row * dims.lora_x_stride) >> 2u;
   }
   var c: array<vec4f, 32>;
-  var a: array<vec4f, 32>;
-  var b: array<vec4f, 8>;
+  var a: array<vec4f, 16>;
+  var b: array<vec4f, 4>;
   for (var k = 0u; k < inner; k += 8u) {
-    // unroll
-    for (var g = 0u; g < 32u / PART; g++) {
-      a[g * 2u] = x[x_row[g] + (k >> 2u)];
-      a[g * 2u + 1u] = x[x_row[g] + (k >> 2u) + 1u];
-    }
     let first = w0 + k;
-    let b0 = weight8(first);
-    let b1 = weight8(first + stride);
-    let b2 = weight8(first + 2u * stride);
-    let b3 = weight8(first + 3u * stride);
+    let words0 = words8(first);
+    let words1 = words8(first + stride);
+    let words2 = words8(first + 2u * stride);
+    let words3 = words8(first + 3u * stride);
     // unroll
-    for (var q = 0u; q < 8u; q++) {
-      b[q] = vec4f(b0[q / 4u][q % 4u], b1[q / 4u][q % 4u], b2[q / 4u][q % 4u], b3[q / 4u][q % 4u]);
+    for (var h = 0u; h < 2u; h++) {
+      // unroll
+      for (var g = 0u; g < 32u / PART; g++) {
+        a[g] = x[x_row[g] + (k >> 2u) + h];
+      }
+      let b0 = weight_half(first, h, words0);
+      let b1 = weight_half(first + stride, h, words1);
+      let b2 = weight_half(first + 2u * stride, h, words2);
+      let b3 = weight_half(first + 3u * stride, h, words3);
+      // unroll
+      for (var q = 0u; q < 4u; q++) {
+        b[q] = vec4f(b0[q], b1[q], b2[q], b3[q]);
+      }
+      multiply(&c, &a, &b, own);
     }
-    multiply(&c, &a, &b, own);
   }
   // A loop of its own: a branch inside the loop above would cost a CPU driver a quarter of its speed.
   if (LORA == 1u) {
     for (var r = 0u; r < tile.r; r += 8u) {
       // unroll
-      for (var g = 0u; g < 32u / PART; g++) {
-        a[g * 2u] = lora_x[lora_row[g] + (r >> 2u)];
-        a[g * 2u + 1u] = lora_x[lora_row[g] + (r >> 2u) + 1u];
-      }
-      // unroll
       for (var h = 0u; h < 2u; h++) {
+        // unroll
+        for (var g = 0u; g < 32u / PART; g++) {
+          a[g] = lora_x[lora_row[g] + (r >> 2u) + h];
+        }
         let first = lora_w0 + (r >> 2u) + h;
         let b0 = lora_w[first];
         let b1 = lora_w[first + next];
@@ -240,10 +255,10 @@ fn nt(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
         let b3 = lora_w[first + 3u * next];
         // unroll
         for (var q = 0u; q < 4u; q++) {
-          b[h * 4u + q] = vec4f(b0[q], b1[q], b2[q], b3[q]);
+          b[q] = vec4f(b0[q], b1[q], b2[q], b3[q]);
         }
+        multiply(&c, &a, &b, own);
       }
-      multiply(&c, &a, &b, own);
     }
   }
   // unroll
@@ -255,9 +270,10 @@ fn nt(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
 @compute @workgroup_size(LANES)
 fn nn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane: u32) {
   let own = lane / PART * PART;
-  let row0 = group.y * (32u * LANES / PART) + lane / PART * 32u;
+  let place = select(group.xy, group.yx, DOWN == 1u);
+  let row0 = place.y * (32u * LANES / PART) + lane / PART * 32u;
   let last = rows.x - 1u;
-  let column = (group.x * PART + lane % PART) * 4u;
+  let column = (place.x * PART + lane % PART) * 4u;
   let safe = min(column, dims.n - 4u);
   let inner = dims.k;
   let rank = dims.r0;
@@ -274,32 +290,36 @@ fn nn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
     lora_row[g] = (dims.lora_x0 + row * dims.lora_x_stride) >> 2u;
   }
   var c: array<vec4f, 32>;
-  var a: array<vec4f, 32>;
-  var b: array<vec4f, 8>;
+  var a: array<vec4f, 16>;
+  var b: array<vec4f, 4>;
   for (var k = 0u; k < inner; k += 8u) {
     // unroll
-    for (var g = 0u; g < 32u / PART; g++) {
-      a[g * 2u] = x[x_row[g] + (k >> 2u)];
-      a[g * 2u + 1u] = x[x_row[g] + (k >> 2u) + 1u];
+    for (var h = 0u; h < 2u; h++) {
+      // unroll
+      for (var g = 0u; g < 32u / PART; g++) {
+        a[g] = x[x_row[g] + (k >> 2u) + h];
+      }
+      // unroll
+      for (var q = 0u; q < 4u; q++) {
+        b[q] = weight4(w0 + (k + h * 4u + q) * stride);
+      }
+      multiply(&c, &a, &b, own);
     }
-    // unroll
-    for (var q = 0u; q < 8u; q++) {
-      b[q] = weight4(w0 + (k + q) * stride);
-    }
-    multiply(&c, &a, &b, own);
   }
   if (LORA == 1u) {
     for (var r = 0u; r < rank; r += 8u) {
       // unroll
-      for (var g = 0u; g < 32u / PART; g++) {
-        a[g * 2u] = lora_x[lora_row[g] + (r >> 2u)];
-        a[g * 2u + 1u] = lora_x[lora_row[g] + (r >> 2u) + 1u];
+      for (var h = 0u; h < 2u; h++) {
+        // unroll
+        for (var g = 0u; g < 32u / PART; g++) {
+          a[g] = lora_x[lora_row[g] + (r >> 2u) + h];
+        }
+        // unroll
+        for (var q = 0u; q < 4u; q++) {
+          b[q] = lora_w[lora_w0 + (r + h * 4u + q) * lora_stride];
+        }
+        multiply(&c, &a, &b, own);
       }
-      // unroll
-      for (var q = 0u; q < 8u; q++) {
-        b[q] = lora_w[lora_w0 + (r + q) * lora_stride];
-      }
-      multiply(&c, &a, &b, own);
     }
   }
   // unroll
@@ -311,8 +331,9 @@ fn nn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
 @compute @workgroup_size(LANES)
 fn tn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane: u32) {
   let own = lane / PART * PART;
-  let row0 = (group.y * (LANES / PART) + lane / PART) * HIGH;
-  let column = (group.x * PART + lane % PART) * 4u;
+  let place = select(group.xy, group.yx, DOWN == 1u);
+  let row0 = (place.y * (LANES / PART) + lane / PART) * HIGH;
+  let column = (place.x * PART + lane % PART) * 4u;
   let safe = min(column, dims.n - 4u);
   let count = rows.x;
   let stride = dims.w_stride;
@@ -326,7 +347,7 @@ fn tn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
   }
   var c: array<vec4f, 32>;
   var a: array<vec4f, 32>;
-  var b: array<vec4f, 8>;
+  var b: array<vec4f, 4>;
   for (var t = 0u; t < count; t += 8u) {
     // Here a lane holds rows of x, HIGH columns of them: t + lane, or more where fewer lanes share 8; past the end zeros.
     // unroll
@@ -341,18 +362,21 @@ fn tn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
       }
     }
     // unroll
-    for (var q = 0u; q < 8u; q++) {
-      b[q] = weight4(w0 + min(t + q, count - 1u) * stride);
-    }
-    // unroll
-    for (var i = 0u; i < HIGH; i++) {
-      var sum = c[i];
+    for (var h = 0u; h < 8u; h += 4u) {
       // unroll
-      for (var q = 0u; q < 8u; q++) {
-        let value = a[q / STEP * (HIGH / 4u) + i / 4u][i % 4u];
-        sum = fma(vec4f(subgroupShuffle(value, own + q % STEP)), b[q], sum);
+      for (var q = 0u; q < 4u; q++) {
+        b[q] = weight4(w0 + min(t + h + q, count - 1u) * stride);
       }
-      c[i] = sum;
+      // unroll
+      for (var i = 0u; i < HIGH; i++) {
+        var sum = c[i];
+        // unroll
+        for (var q = 0u; q < 4u; q++) {
+          let value = a[(h + q) / STEP * (HIGH / 4u) + i / 4u][i % 4u];
+          sum = fma(vec4f(subgroupShuffle(value, own + (h + q) % STEP)), b[q], sum);
+        }
+        c[i] = sum;
+      }
     }
   }
   // unroll

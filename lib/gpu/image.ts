@@ -4,8 +4,12 @@
  */
 import type { Gpu } from "./device.ts";
 
-/** A row of an image: texel `i` of a tensor lies at `(i % TEXELS, i / TEXELS)`. */
-const TEXELS = 8192, TEXEL_BYTES = 16;
+/**
+ * Texel `i` of a tensor lies at `(i % TEXELS, i / TEXELS)` of its image, or of rows of WIDE texels where so many rows are not
+ * allowed. Rows are a cache line longer than what they hold: without it the rows of a matrix with a power of two of columns
+ * fall into the same few places of a cache.
+ */
+const TEXELS = 512, WIDE = 8192, LINE = 4, TEXEL_BYTES = 16;
 
 /**
  * Turns bindings of a WGSL file that stand under a line `// image` into images, and what reads them into loads of texels. They
@@ -15,7 +19,8 @@ export function readImages(source: string): string {
   const mark = /^\/\/ image\n(@group\(0\) @binding\(\d+\)) var<storage, read> (\w+): array<(vec4[fu])>;/gm;
   let text = source;
   for (const [declaration, place, name, type] of source.matchAll(mark)) {
-    text = text.replace(declaration, `${place} var ${name}: texture_storage_2d<rgba32uint, read>;`);
+    const row = `override ${rowOf(name!)}: u32 = ${TEXELS}u;`;
+    text = text.replace(declaration, `${place} var ${name}: texture_storage_2d<rgba32uint, read>;\n${row}`);
     text = replaceReads(text, name!, type!);
   }
   return text;
@@ -28,9 +33,14 @@ function replaceReads(text: string, name: string, type: string): string {
   let close = open;
   for (let depth = 1; depth > 0; close++) depth += text[close] === "[" ? 1 : text[close] === "]" ? -1 : 0;
   const index = text.slice(open, close - 1);
-  const texel = `textureLoad(${name}, vec2u((${index}) % ${TEXELS}u, (${index}) / ${TEXELS}u))`;
+  const row = rowOf(name), texel = `textureLoad(${name}, vec2u((${index}) % ${row}, (${index}) / ${row}))`;
   const load = type === "vec4f" ? `bitcast<vec4f>(${texel})` : texel;
   return `${text.slice(0, head.index)}${load}${replaceReads(text.slice(close), name, type)}`;
+}
+
+/** Name of the constant that says how many texels a row of the image bound as `name` holds. */
+function rowOf(name: string): string {
+  return `texels_of_${name}`;
 }
 
 /** What a tensor's image is made of. */
@@ -38,6 +48,8 @@ export interface Image {
   readonly buffer: GPUBuffer;
   readonly texture: GPUTexture;
   readonly view: GPUTextureView;
+  /** Texels of a row. */
+  readonly row: number;
   /** False where the tensor was written since the last copy. */
   fresh: boolean;
 }
@@ -48,20 +60,20 @@ const images = new WeakMap<GPUBuffer, Image>();
 export function imageOf(gpu: Gpu, buffer: GPUBuffer): Image {
   const known = images.get(buffer);
   if (known) return known;
-  const texels = buffer.size / TEXEL_BYTES, height = Math.ceil(texels / TEXELS);
-  const limit = gpu.limits.maxTextureDimension2D;
+  const texels = buffer.size / TEXEL_BYTES, limit = gpu.limits.maxTextureDimension2D;
+  const row = texels <= TEXELS * limit ? TEXELS : WIDE, height = Math.ceil(texels / row);
   if (height > limit) {
     throw new RangeError(
-      `Cannot read "${buffer.label}" as an image: ${buffer.size} bytes are more than ${limit * TEXELS * TEXEL_BYTES}`,
+      `Cannot read "${buffer.label}" as an image: ${buffer.size} bytes are more than ${limit * WIDE * TEXEL_BYTES}`,
     );
   }
   const texture = gpu.device.createTexture({
     label: buffer.label,
-    size: [Math.min(texels, TEXELS), height],
+    size: [height === 1 ? texels : row === WIDE ? row : row + LINE, height],
     format: "rgba32uint",
     usage: GPUTextureUsage.STORAGE_BINDING | GPUTextureUsage.COPY_DST,
   });
-  const image = { buffer, texture, view: texture.createView(), fresh: false };
+  const image = { buffer, texture, view: texture.createView(), row, fresh: false };
   images.set(buffer, image);
   return image;
 }
@@ -72,18 +84,22 @@ export function wrote(buffer: GPUBuffer): void {
   if (image) image.fresh = false;
 }
 
-/** Encodes the copy of a tensor into its image. */
-export function refresh(encoder: GPUCommandEncoder, { buffer, texture }: Image): void {
-  const { width, height } = texture;
-  const rest = buffer.size / TEXEL_BYTES - width * (height - 1), bytesPerRow = TEXELS * TEXEL_BYTES;
+/** Constants of a pipeline that reads `image` as the binding `name`. */
+export function imageConstants(name: string, { row }: Image): Record<string, number> {
+  return row === TEXELS ? {} : { [rowOf(name)]: row };
+}
+
+/** Encodes the copy of a tensor into its image: all full rows, and what is left. */
+export function refresh(encoder: GPUCommandEncoder, { buffer, texture, row }: Image): void {
+  const texels = buffer.size / TEXEL_BYTES, full = Math.floor(texels / row), bytesPerRow = row * TEXEL_BYTES;
   const copy = (y: number, columns: number, rows: number) =>
     encoder.copyBufferToTexture(
       { buffer, offset: y * bytesPerRow, bytesPerRow },
       { texture, origin: [0, y] },
       [columns, rows],
     );
-  if (height > 1) copy(0, width, height - 1);
-  copy(height - 1, rest, 1);
+  if (full > 0) copy(0, row, full);
+  if (texels > full * row) copy(full, texels - full * row, 1);
 }
 
 /** Bytes that the image of a buffer takes; 0 where it has none. */

@@ -3,7 +3,7 @@
  * in the WGSL, and found here by name.
  */
 import type { Gpu } from "./device.ts";
-import { type Image, imageOf, readImages } from "./image.ts";
+import { type Image, imageConstants, imageOf, readImages } from "./image.ts";
 import type { Tensor } from "./tensor.ts";
 import { unroll } from "./unroll.ts";
 import subgroupLanes from "../../kernels/lanes_subgroup.wgsl" with { type: "text" };
@@ -102,8 +102,7 @@ export class Kernel {
 
   /** Records a dispatch of `entry`. Throws `TypeError` for an unknown binding, constant or dimension. */
   record(entry: string, { bind, constants = {}, dims, grid }: Recording): Dispatch {
-    const label = `${this.name}.${entry}`;
-    const pipeline = this.#pipeline(entry, constants);
+    const label = `${this.name}.${entry}`, all = { ...constants };
     const entries: GPUBindGroupEntry[] = [], images: Image[] = [], writes: GPUBuffer[] = [];
     for (const [name, resource] of Object.entries(bind)) {
       const binding = this.#bindings.get(name);
@@ -111,9 +110,13 @@ export class Kernel {
         throw new TypeError(`Cannot record ${label}: "${name}" is not one of ${[...this.#bindings.keys()].join(", ")}`);
       }
       const buffer = "buffer" in resource ? resource.buffer as GPUBuffer : resource;
-      if (binding.image) images.push(imageOf(this.#gpu, buffer));
+      const image = binding.image ? imageOf(this.#gpu, buffer) : undefined;
+      if (image) {
+        images.push(image);
+        Object.assign(all, imageConstants(name, image));
+      }
       if (binding.written) writes.push(buffer);
-      entries.push({ binding: binding.index, resource: binding.image ? images.at(-1)!.view : { buffer } });
+      entries.push({ binding: binding.index, resource: image ? image.view : { buffer } });
     }
     if (dims && !this.#bindings.has("dims")) {
       throw new TypeError(`Cannot record ${label}: ${this.name}.wgsl has no dims`);
@@ -121,6 +124,7 @@ export class Kernel {
     if (dims) {
       entries.push({ binding: this.#bindings.get("dims")!.index, resource: { buffer: this.#dimsBuffer(label, dims) } });
     }
+    const pipeline = this.#pipeline(entry, all);
     const bindGroup = this.#checked(
       `record ${label}`,
       () => this.#gpu.device.createBindGroup({ label, layout: pipeline.getBindGroupLayout(0), entries }),

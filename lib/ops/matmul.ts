@@ -79,13 +79,20 @@ export interface Matmul {
 
 const W_TYPE: Partial<Record<Storage, number>> = { f32: 0, f16: 1, bf16: 2 };
 
-/** One way to compute a product: a kernel file, its constants, and the rows and columns that a workgroup writes. */
+/**
+ * One way to compute a product: a kernel file, its constants, the rows and columns that a workgroup writes, and whether
+ * workgroups follow each other down the result.
+ */
 interface Form {
   readonly kernel: Kernel;
   readonly constants: Readonly<Record<string, number>>;
   readonly high: number;
   readonly wide: number;
+  readonly down: boolean;
 }
+
+/** Chooses a form for a result of at most `[rows, columns]` and sums of `inner` products; on GPUs it follows `tile`. */
+type ChooseForm = (entry: "nt" | "nn" | "tn", rows: number, columns: number, tile: Tile, inner: number) => Form;
 
 /**
  * Tile of the GPU kernels: the narrow form's 16 by 16, or `BM` rows by `BN` columns and `BK` inner steps at a time, run in
@@ -122,29 +129,32 @@ export function tileName(tile: Tile): string {
   return tile === "narrow" ? tile : `${tile.BM}x${tile.BN}x${tile.BK}${tile.BAND ? ` band ${tile.BAND}` : ""}`;
 }
 
-/** The forms for this device, by the size of the result and, on a GPU, its tile. */
-function formsOf(gpu: Gpu): (entry: "nt" | "nn" | "tn", rows: number, columns: number, tile: Tile) => Form {
+/** The forms for this device. */
+function formsOf(gpu: Gpu): ChooseForm {
   if (gpu.lanes === "subgroup") {
     const kernel = new Kernel(gpu, "matmul_subgroup", subgroupSource), lanes = gpu.subgroup;
-    return (entry, rows, columns) => {
+    return (entry, rows, columns, _tile, inner) => {
       // Up to 16 columns more than full tiles: half as wide tiles waste less than they cost. So do half as high ones in tn,
       // and quarters for 8 columns.
       const rest = (size: number) => size % 32 > 0 && size % 32 <= 16 && size <= 80;
       const part = lanes === 8 && rows > 32 && rest(columns) ? columns === 8 ? 2 : 4 : lanes;
       const high = entry === "tn" && part === lanes && rest(rows) ? 16 : 32;
+      // Rows of w lie far apart where they are inner steps: with many of them, tiles that share them follow each other.
+      const down = entry !== "nt" && inner > 256;
       const constants = {
         LANES: lanes,
         PART: part,
+        DOWN: down ? 1 : 0,
         ...(entry === "tn" ? { STEP: Math.min(8, part), HIGH: high } : {}),
       };
-      return { kernel, constants, high: high * lanes / part, wide: 4 * part };
+      return { kernel, constants, high: high * lanes / part, wide: 4 * part, down };
     };
   }
   const narrow = new Kernel(gpu, "matmul_narrow", `${narrowSource}\n${operandsSource}`);
   const tiled = new Kernel(gpu, "matmul_tiled", `${tiledSource}\n${operandsSource}`);
   return (_entry, _rows, _columns, tile) => {
-    if (tile === "narrow") return { kernel: narrow, constants: {}, high: 16, wide: 16 };
-    return { kernel: tiled, constants: { ...tile }, high: tile.BM, wide: tile.BN };
+    if (tile === "narrow") return { kernel: narrow, constants: {}, high: 16, wide: 16, down: false };
+    return { kernel: tiled, constants: { ...tile }, high: tile.BM, wide: tile.BN, down: false };
   };
 }
 
@@ -178,7 +188,8 @@ export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
     const stride = (o: Operand) => o.stride ?? o.tensor.shape.at(-1)!;
     const plus = p.plus === "out" ? 2 : p.plus ? 1 : 0;
     const lane = (i: number) => segments[i] ?? { r: 0, x: 0, w: 0 };
-    const { kernel, constants, high, wide } = formOf(entry, entry === "tn" ? m : p.out.tensor.shape[0]!, n, tile);
+    const most = p.out.tensor.shape[0]!, inner = entry === "tn" ? p.x.tensor.shape[0]! : k;
+    const { kernel, constants, high, wide, down } = formOf(entry, entry === "tn" ? m : most, n, tile, inner);
     const columns = entry === "nt"
       ? tiles(end0, wide) + tiles(end1 - end0, wide) + tiles(n - end1, wide)
       : tiles(n, wide);
@@ -223,7 +234,10 @@ export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
         scale: p.scale ?? 1,
         ...(gpu.lanes === "subgroup" ? {} : { plus }),
       },
-      grid: () => entry === "tn" ? [columns, tiles(m, high), 1] : [columns, tiles(p.rows.count, high), 1],
+      grid: () => {
+        const rows = tiles(entry === "tn" ? m : p.rows.count, high);
+        return down ? [rows, columns, 1] : [columns, rows, 1];
+      },
     });
   };
   return {
