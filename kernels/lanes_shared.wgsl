@@ -57,3 +57,19 @@ fn lanes_end() {
 fn lanes_fetch(slot: u32, owner: u32) -> vec4f {
   return lanes_kept[slot * LANES + owner];
 }
+
+/// Entries of a table of 16 for the low four bits of `codes`, by those bits: a driver looks up what differs from lane to lane
+/// one after the other. `mine` is for the twin.
+fn lanes_entries(table: array<vec4f, 4>, mine: vec2f, codes: vec4u) -> vec4f {
+  let bit0 = (codes & vec4u(1u)) == vec4u(1u);
+  let bit1 = (codes & vec4u(2u)) == vec4u(2u);
+  let bit2 = (codes & vec4u(4u)) == vec4u(4u);
+  let bit3 = (codes & vec4u(8u)) == vec4u(8u);
+  var found: array<vec4f, 4>;
+  // unroll
+  for (var i = 0u; i < 4u; i++) {
+    let four = table[i];
+    found[i] = select(select(vec4f(four.x), vec4f(four.y), bit0), select(vec4f(four.z), vec4f(four.w), bit0), bit1);
+  }
+  return select(select(found[0], found[1], bit2), select(found[2], found[3], bit2), bit3);
+}

@@ -31,3 +31,17 @@ fn lanes_end() {}
 fn lanes_fetch(slot: u32, owner: u32) -> vec4f {
   return subgroupShuffle(lanes_kept[slot], owner);
 }
+
+/// Entries of a table of 16 for the low four bits of `codes`: lane l holds entries l mod 8 and 8 + l mod 8, its `mine`, for the
+/// others. `table` is for the twin.
+fn lanes_entries(table: array<vec4f, 4>, mine: vec2f, codes: vec4u) -> vec4f {
+  let place = codes & vec4u(7u);
+  var low: vec4f;
+  var high: vec4f;
+  // unroll
+  for (var i = 0u; i < 4u; i++) {
+    low[i] = subgroupShuffle(mine.x, place[i]);
+    high[i] = subgroupShuffle(mine.y, place[i]);
+  }
+  return select(low, high, (codes & vec4u(8u)) == vec4u(8u));
+}

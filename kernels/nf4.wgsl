@@ -8,11 +8,13 @@
 //   code     f32 [16]                            the NF4 table, four vec4
 //   out      f32, f16 or bf16 (TYPE) [COUNT]
 //   sizes    BLOCK is at least 8 · WIDE
-//   grid     one invocation per 8 · WIDE elements, 64 to a workgroup, folded
+//   shared   lanes_entries
+//   grid     one invocation per 8 · WIDE elements, LANES to a workgroup, folded
 
 const F32 = 0u;
 const BF16 = 2u;
 
+override LANES: u32;
 override TYPE: u32 = 0u;
 override COUNT: u32;
 override BLOCK_SHIFT: u32 = 6u; // log2 of the block size
@@ -24,21 +26,6 @@ const WIDE = 1u; // words that are loaded at once, and vec4f that are stored at 
 @group(0) @binding(2) var<storage, read> absmax: array<vec4f>;
 @group(0) @binding(3) var<storage, read_write> out: array<array<vec4f, WIDE>>;
 
-/// Entries of the table, by their bits: a driver looks up what differs from lane to lane one after the other.
-fn entries(table: array<vec4f, 4>, nibbles: vec4u) -> vec4f {
-  let bit0 = (nibbles & vec4u(1u)) == vec4u(1u);
-  let bit1 = (nibbles & vec4u(2u)) == vec4u(2u);
-  let bit2 = (nibbles & vec4u(4u)) == vec4u(4u);
-  let bit3 = (nibbles & vec4u(8u)) == vec4u(8u);
-  var found: array<vec4f, 4>;
-  // unroll
-  for (var i = 0u; i < 4u; i++) {
-    let four = table[i];
-    found[i] = select(select(vec4f(four.x), vec4f(four.y), bit0), select(vec4f(four.z), vec4f(four.w), bit0), bit1);
-  }
-  return select(select(found[0], found[1], bit2), select(found[2], found[3], bit2), bit3);
-}
-
 /// Two numbers as one word of 16-bit numbers, rounded to nearest even.
 fn pack(v: vec2f) -> u32 {
   if (TYPE == BF16) {
@@ -49,24 +36,26 @@ fn pack(v: vec2f) -> u32 {
   return pack2x16float(v);
 }
 
-@compute @workgroup_size(64)
+@compute @workgroup_size(LANES)
 fn dequantize(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {
   // Read before any branch: a CPU driver then reads it once for all lanes.
   let table = code;
-  let at = (group.x + group.y * 32768u) * 64u + lane;
-  if (at >= COUNT / (8u * WIDE)) {
-    return;
-  }
-  var words = codes[at];
-  let block = (at * 8u * WIDE) >> BLOCK_SHIFT;
+  let mine = vec2f(code[(lane & 4u) >> 2u][lane & 3u], code[2u + ((lane & 4u) >> 2u)][lane & 3u]);
+  let at = (group.x + group.y * 32768u) * LANES + lane;
+  let safe = min(at, COUNT / (8u * WIDE) - 1u);
+  var words = codes[safe];
+  let block = (safe * 8u * WIDE) >> BLOCK_SHIFT;
   let four = absmax[block >> 2u];
   let two = select(four.xy, four.zw, (block & 2u) == 2u);
   let scale = select(two.x, two.y, (block & 1u) == 1u);
   var numbers: array<vec4f, 2 * WIDE>;
   // unroll
   for (var h = 0u; h < WIDE; h++) {
-    numbers[h * 2u] = scale * entries(table, vec4u(words[h]) >> vec4u(4u, 0u, 12u, 8u));
-    numbers[h * 2u + 1u] = scale * entries(table, vec4u(words[h]) >> vec4u(20u, 16u, 28u, 24u));
+    numbers[h * 2u] = scale * lanes_entries(table, mine, vec4u(words[h]) >> vec4u(4u, 0u, 12u, 8u));
+    numbers[h * 2u + 1u] = scale * lanes_entries(table, mine, vec4u(words[h]) >> vec4u(20u, 16u, 28u, 24u));
+  }
+  if (at != safe) {
+    return;
   }
   var stored: array<vec4f, WIDE>;
   if (TYPE == F32) {

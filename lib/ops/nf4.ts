@@ -5,6 +5,9 @@ import type { Tensor } from "../gpu/tensor.ts";
 import { widen, wideOf } from "../gpu/wide.ts";
 import source from "../../kernels/nf4.wgsl" with { type: "text" };
 
+/** Lanes of a workgroup: of several subgroups, where a driver has them. */
+const LANES = 64;
+
 const TYPE: Record<string, number> = { f32: 0, f16: 1, bf16: 2 };
 
 /** Dequantization with the 16 values of `code` (bitsandbytes' `quant_map`). */
@@ -22,9 +25,9 @@ export function createNf4(gpu: Gpu, code: Float32Array<ArrayBuffer>) {
         );
       }
       return kernel.record("dequantize", {
-        constants: { TYPE: TYPE[t.out.dtype]!, COUNT: t.count, BLOCK_SHIFT: Math.log2(t.blocksize) },
+        constants: { LANES, TYPE: TYPE[t.out.dtype]!, COUNT: t.count, BLOCK_SHIFT: Math.log2(t.blocksize) },
         bind: { code: table, codes: t.codes, absmax: t.absmax, out: t.out },
-        grid: fold(Math.ceil(t.count / (8 * wide) / 64)),
+        grid: fold(Math.ceil(t.count / (8 * wide) / LANES)),
       });
     },
   };

@@ -1,5 +1,5 @@
 /** Images: tensors that CPU drivers read as texels, copied anew whenever the tensor was written. */
-import { assertEquals, assertStringIncludes } from "@std/assert";
+import { assertEquals, assertStringIncludes, assertThrows } from "@std/assert";
 import { imageBytes, readImages } from "../../lib/gpu/image.ts";
 import { type Dispatch, fold, Kernel } from "../../lib/gpu/kernel.ts";
 import { profile, run, timePasses } from "../../lib/gpu/program.ts";
@@ -66,6 +66,25 @@ gpuTest("an image holds its tensor, in one row or in several with a part of the 
     assertEquals(imageBytes(x.buffer), 0);
   }
 });
+
+gpuTest(
+  "a tensor that has more rows than a device allows is read in wide ones, and refused beyond those",
+  async (bench) => {
+    if (bench.gpu.lanes !== "subgroup") return;
+    const limits = { maxTextureDimension2D: 3, maxComputeWorkgroupsPerDimension: 65535 } as GPUSupportedLimits;
+    const small = { ...bench, gpu: { ...bench.gpu, limits } };
+    for (const texels of [3 * 512, 3 * 512 + 1, 8192, 2 * 8192 + 7, 3 * 8192]) {
+      const { tensor, add, expected, free } = await adding(small, texels), values = numbers(4 * texels);
+      const x = await tensor("x", values), out = await tensor("out");
+      run(bench.gpu, [add(x, out)]);
+      assertEquals(await download(bench.gpu, out), expected(values), `${texels} texels`);
+      free();
+    }
+    const { tensor, add, free } = await adding(small, 3 * 8192 + 1), x = await tensor("x"), out = await tensor("out");
+    assertThrows(() => add(x, out), RangeError, 'Cannot read "x" as an image: 393232 bytes are more than 393216');
+    free();
+  },
+);
 
 gpuTest("a tensor is read as it is, whoever wrote it last: a kernel, a copy, a clearing, an upload", async (bench) => {
   const { gpu } = bench, { tensor, add, expected, free } = await adding(bench, 9), values = numbers(36, 1);
