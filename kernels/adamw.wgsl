@@ -1,6 +1,6 @@
 // adamw — the optimizer: gradient norm, clipping, and AdamW with 32- or 8-bit state (arXiv:1711.05101, 2110.02861).
 //
-//   sum_squares   partial[PART + g] = Σ grad² over the elements of workgroup g
+//   sum_squares   partial[part + g] = Σ grad² over the elements of workgroup g
 //   clip          norm.x = sqrt(Σ partial),  norm.y = min(1, max_norm / (norm.x + 1e-6)) (1 where max_norm is 0);
 //                 norms[slot] = norm.x
 //   step32        m ← β1·m + (1−β1)·g;  v ← β2·v + (1−β2)·g²;  p ← p − lr · (m / c1) / (sqrt(v) / c2 + eps)
@@ -21,9 +21,6 @@
 //   shared             lanes_*
 
 override LANES: u32;
-override PART: u32 = 0u;
-override PARTS: u32 = 0u;
-override COUNT: u32 = 0u; // elements of grad
 override DECAY_AFTER: u32 = 0u;
 const WIDE = 1u; // vec4f that are loaded and stored at once
 
@@ -60,34 +57,41 @@ struct Step {
 @group(0) @binding(15) var<storage, read_write> state1_each: array<f32>;
 @group(0) @binding(16) var<storage, read_write> state2_each: array<f32>;
 
+struct Dims {
+  part: u32, // sum_squares: where its sums begin in partial
+  count: u32, // elements of grad; clip: of partial
+}
+@group(0) @binding(17) var<uniform> dims: Dims;
+
 const INDICES = vec4u(0u, 1u, 2u, 3u);
 
 @compute @workgroup_size(LANES)
 fn sum_squares(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {
   let part = group.x + group.y * 32768u;
+  let count = dims.count;
   var sum = vec4f(0.0);
   for (var i = lane; i < 1024u / WIDE; i += LANES) {
     let at = part * (1024u / WIDE) + i;
-    if (at * 4u * WIDE < COUNT) {
+    if (at * 4u * WIDE < count) {
       var g = grad[at];
       // unroll
       for (var h = 0u; h < WIDE; h++) {
-        let counted = vec4u((at * WIDE + h) * 4u) + INDICES < vec4u(COUNT);
+        let counted = vec4u((at * WIDE + h) * 4u) + INDICES < vec4u(count);
         sum += select(vec4f(0.0), g[h] * g[h], counted);
       }
     }
   }
   let all = lanes_sum((sum.x + sum.y) + (sum.z + sum.w), lane);
   // A folded grid has workgroups past the end.
-  if (lane == 0u && part * 4096u < COUNT) {
-    partial[PART + part] = all;
+  if (lane == 0u && part * 4096u < count) {
+    partial[dims.part + part] = all;
   }
 }
 
 @compute @workgroup_size(LANES)
 fn clip(@builtin(local_invocation_index) lane: u32) {
   var sum = 0.0;
-  for (var i = lane; i < PARTS; i += LANES) {
+  for (var i = lane; i < dims.count; i += LANES) {
     sum += partial[i];
   }
   let total = sqrt(lanes_sum(sum, lane));

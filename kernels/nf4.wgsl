@@ -3,10 +3,10 @@
 //   dequantize   out[i] = code[nibble(i)] · absmax[i / BLOCK], rounded to the type of out
 //                The high nibble of a byte is the earlier element. absmax is already free of its own quantization.
 //
-//   codes    u8, two elements each [COUNT / 2]   bound as words of 8 elements
-//   absmax   f32 [COUNT / BLOCK]                 bound as vec4
+//   codes    u8, two elements each [count / 2]   bound as words of 8 elements
+//   absmax   f32 [count / BLOCK]                 bound as vec4
 //   code     f32 [16]                            the NF4 table, four vec4
-//   out      f32, f16 or bf16 (TYPE) [COUNT]
+//   out      f32, f16 or bf16 (TYPE) [count]
 //   sizes    BLOCK is at least 8 · WIDE
 //   shared   lanes_entries
 //   grid     one invocation per 8 · WIDE elements, LANES to a workgroup, folded
@@ -16,15 +16,19 @@ const BF16 = 2u;
 
 override LANES: u32;
 override TYPE: u32 = 0u;
-override COUNT: u32;
 override BLOCK_SHIFT: u32 = 6u; // log2 of the block size
 const WIDE = 1u; // words that are loaded at once, and vec4f that are stored at once
+
+struct Dims {
+  count: u32,
+}
 
 @group(0) @binding(0) var<uniform> code: array<vec4f, 4>;
 @group(0) @binding(1) var<storage, read> codes: array<array<u32, WIDE>>;
 // image
 @group(0) @binding(2) var<storage, read> absmax: array<vec4f>;
 @group(0) @binding(3) var<storage, read_write> out: array<array<vec4f, WIDE>>;
+@group(0) @binding(4) var<uniform> dims: Dims;
 
 /// Two numbers as one word of 16-bit numbers, rounded to nearest even.
 fn pack(v: vec2f) -> u32 {
@@ -42,7 +46,7 @@ fn dequantize(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_ind
   let table = code;
   let mine = vec2f(code[(lane & 4u) >> 2u][lane & 3u], code[2u + ((lane & 4u) >> 2u)][lane & 3u]);
   let at = (group.x + group.y * 32768u) * LANES + lane;
-  let safe = min(at, COUNT / (8u * WIDE) - 1u);
+  let safe = min(at, dims.count / (8u * WIDE) - 1u);
   var words = codes[safe];
   let block = (safe * 8u * WIDE) >> BLOCK_SHIFT;
   let four = absmax[block >> 2u];

@@ -116,15 +116,15 @@ export function createAdamw(gpu: Gpu, convention: Convention) {
     /** `partial[part …] =` sums of squares of `grad`. */
     sumSquares: (t: { grad: Tensor; partial: Tensor; part: number }): Dispatch =>
       kernelFor(t.grad).record("sum_squares", {
-        constants: { PART: t.part, COUNT: count(t.grad) },
         bind: { grad: t.grad, partial: t.partial },
+        dims: { part: t.part, count: count(t.grad) },
         grid: fold(Math.ceil(count(t.grad) / 4096)),
       }),
     /** Norm and clipping coefficient from `parts` partial sums into `norm` `[4]`, and the norm into `norms[slot]`. */
     clip: (t: { step: GPUBuffer; partial: Tensor; parts: number; norm: Tensor; norms: Tensor }): Dispatch =>
       narrow.record("clip", {
-        constants: { PARTS: t.parts },
         bind: { step: t.step, partial: t.partial, norm: t.norm, norms: t.norms },
+        dims: { part: 0, count: t.parts },
         grid: [1, 1, 1],
       }),
     /** One update of the tensors of `blocks`, moments in f32 buffers of `param`'s layout. */

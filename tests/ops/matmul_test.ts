@@ -151,6 +151,8 @@ const CASES: Record<Entry, readonly Case[]> = {
     { size: [65, 72, 64], ranks: [48], columns: [72], w: "f16", scale: 2, plus: "out" },
     { size: [129, 8, 40], ranks: [8], columns: [8], w: "f16", plus: "out", gap: GAP },
     { size: [31, 136, 64], ranks: [16], columns: [136], w: "bf16", plus: "tensor" },
+    { size: [70, 136, 264], ranks: [8], columns: [136], plus: "out", gap: GAP },
+    { size: [200, 16, 264], w: "f16" },
   ],
   tn: [
     ...ROWS.flatMap((K) => DTYPES.slice(0, 2).map((w): Case => ({ size: [40, 40, K], w }))),
