@@ -5,11 +5,11 @@
 //   tn   out[i,j] = scale · Σ_t x[t,i] · w[t,j]  (+ out)
 //
 //   x, lora_x             f32, `offset` and `stride` in elements, both multiples of 4
-//   add, out              f32, `offset` and `stride` multiples of 4
+//   add, out              f32, `offset` and `stride` multiples of 8
 //   w                     f32, f16 or bf16 (W_TYPE), row-major with w_stride
 //   lora_w                f32; nt: of each segment [columns, r], nn: [r, columns]
 //   rows.x                rows of x and out (nt, nn), or of x and w (tn)
-//   sizes                 k, r multiples of 8; n multiples of 4; in tn the m columns of x of 8
+//   sizes                 k, n, r multiples of 8; in tn the m columns of x too
 //   segments (nt)         columns [0, end0), [end0, end1), [end1, n) with LoRA operands of their own
 //   PART                  lanes that stand beside each other in a row of the result; the other lanes have rows of their own
 //   grid                  [column tiles, row tiles], or with DOWN [row tiles, column tiles]; a tile is one subgroup, 4 · PART
