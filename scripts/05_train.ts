@@ -244,7 +244,7 @@ async function readLosses(): Promise<void> {
       throw new Error(`Cannot go on: ${state}: lower --learning-rate, or look at its rows, ${rows.flat().join(", ")}`);
     }
     log.append({ step: number, epoch, loss, grad_norm: gradNorm, learning_rate: rate, tokens, rows, ms });
-    // The first update waits for the driver to compile.
+    // The first update waits for the driver to compile: it tells nothing of the others.
     if (number > 1) {
       speed.tokens += update.tokens;
       speed.ms += ms;
@@ -257,7 +257,7 @@ async function readLosses(): Promise<void> {
       `lr ${rate.toExponential(2)}`,
       duration(ms).padStart(7),
       `${count(1000 * update.tokens / ms).padStart(6)} tok/s`,
-      number < totalSteps ? `${duration(ms * (totalSteps - number))} left` : "",
+      number > 1 && number < totalSteps ? `${duration(ms * (totalSteps - number))} left` : "",
     ]);
   }
 }
