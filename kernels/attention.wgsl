@@ -11,20 +11,22 @@
 //   lse, delta    f32 [rows, HEADS]
 //   spans         u32 [rows, 2]: first token of the row's document, and the one after its last
 //   given_*       what an earlier dispatch wrote, four elements at a time
-//   grid          [blocks of ROWS · LANES rows, HEADS], for backward_kv [blocks, KV_HEADS]
+//   grid          [blocks of ROWS · LANES / PARTS rows, HEADS], for backward_kv [blocks, KV_HEADS]
 //   shared        lanes_*
 //
-// A lane owns ROWS rows. Tiles of LANES / SHARE other rows are loaded by the lanes together and read by all of them, one
-// after the other; tiles outside the document are never visited. Sums run in a fixed order: the same bits every time.
-// Of a tile, SOME rows are taken at a time: their scores stay in registers, and a sum over them is read and written once.
+// PARTS lanes beside each other own ROWS rows, each of them every PARTS-th four columns: wide heads need more registers than
+// a lane has. Tiles of LANES / SHARE other rows are loaded by the lanes together and read by all of them, one after the
+// other; tiles outside the document are never visited. Sums run in a fixed order: the same bits every time. Of a tile, SOME
+// rows are taken at a time: their scores stay in registers, and a sum over them is read and written once.
 
 override LANES: u32;
 override HEADS: u32;
 override KV_HEADS: u32;
 override D4: u32; // D / 4
-override ROWS: u32 = 1u; // 1 or 2; ROWS · D4 is at most 32
-override SHARE: u32 = 1u; // lanes that keep a row of a tile together: a divisor of LANES and D4
-override SOME: u32 = 1u; // a divisor of LANES / SHARE, at most 8
+override ROWS: u32 = 1u; // 1 or 2; ROWS · D4 / PARTS is at most 32
+override PARTS: u32 = 1u; // a divisor of LANES and D4
+override SHARE: u32 = 1u; // lanes that keep a row of a tile together: PARTS, or where that is 1 a divisor of LANES and D4
+override SOME: u32 = 1u; // a divisor of LANES / SHARE, at most 8; where PARTS is over 1, ROWS · SOME is a multiple of 4
 
 @group(0) @binding(0) var<uniform> rows: vec4u;
 // image
@@ -50,9 +52,85 @@ fn total(v: vec4f) -> f32 {
   return (v.x + v.y) + (v.z + v.w);
 }
 
-/// Columns 4 · `d` to 4 · `d` + 3 of row `j` of the tile that is kept from `slot` on.
-fn tile_fetch(slot: u32, d: u32, j: u32) -> vec4f {
+/// Of row `j` of the tile that is kept from `slot` on, the `d`-th four columns that a lane owns which is number `part` of its
+/// row.
+fn tile_fetch(slot: u32, d: u32, j: u32, part: u32) -> vec4f {
+  if (PARTS > 1u) {
+    return lanes_fetch(slot + d, j * PARTS + part);
+  }
   return lanes_fetch(slot + d / SHARE, j * SHARE + d % SHARE);
+}
+
+/// Replaces a lane's share of ROWS · SOME sums by the sums, in the same order in all lanes of a row; slots from `slot` on are
+/// taken.
+fn join(sums: ptr<function, array<f32, 16>>, slot: u32, lane: u32) {
+  if (PARTS == 1u) {
+    return;
+  }
+  lanes_begin();
+  // unroll
+  for (var i = 0u; i < ROWS * SOME; i += 4u) {
+    lanes_keep(slot + i / 4u, vec4f((*sums)[i], (*sums)[i + 1u], (*sums)[i + 2u], (*sums)[i + 3u]), lane);
+  }
+  lanes_end();
+  // unroll
+  for (var i = 0u; i < ROWS * SOME; i += 4u) {
+    var four = lanes_fetch(slot + i / 4u, lane / PARTS * PARTS);
+    // unroll
+    for (var p = 1u; p < PARTS; p++) {
+      four += lanes_fetch(slot + i / 4u, lane / PARTS * PARTS + p);
+    }
+    // unroll
+    for (var j = 0u; j < 4u; j++) {
+      (*sums)[i + j] = four[j];
+    }
+  }
+}
+
+/// A lane's share of the products of its rows a and b with SOME rows of the tile from `j0` on: s = a · the first of what is
+/// kept for them, t = b · the second.
+fn products(
+  a: ptr<function, array<vec4f, 32>>,
+  b: ptr<function, array<vec4f, 32>>,
+  j0: u32,
+  part: u32,
+  s: ptr<function, array<f32, 16>>,
+  t: ptr<function, array<f32, 16>>,
+) {
+  // unroll
+  for (var j = 0u; j < SOME; j++) {
+    // With a value, because naga clears a variable once and not in every round of a loop.
+    var of_a = array<vec4f, 2>();
+    var of_b = array<vec4f, 2>();
+    // unroll
+    for (var d = 0u; d < D4 / PARTS; d++) {
+      let first = tile_fetch(0u, d, j0 + j, part);
+      let second = tile_fetch(D4 / SHARE, d, j0 + j, part);
+      // unroll
+      for (var r = 0u; r < ROWS; r++) {
+        of_a[r] = fma((*a)[r * (D4 / PARTS) + d], first, of_a[r]);
+        of_b[r] = fma((*b)[r * (D4 / PARTS) + d], second, of_b[r]);
+      }
+    }
+    // unroll
+    for (var r = 0u; r < ROWS; r++) {
+      (*s)[r * SOME + j] = total(of_a[r]);
+      (*t)[r * SOME + j] = total(of_b[r]);
+    }
+  }
+}
+
+/// Keeps keys and values `j0` .. of head `kv`, a tile of them.
+fn keep_keys(j0: u32, kv: u32, lane: u32) {
+  let row = min(j0 + lane / SHARE, rows.x - 1u) * ((HEADS + 2u * KV_HEADS) * D4);
+  let key = row + (HEADS + kv) * D4 + lane % SHARE;
+  lanes_begin();
+  // unroll
+  for (var d = 0u; d < D4 / SHARE; d++) {
+    lanes_keep(d, qkv[key + d * SHARE], lane);
+    lanes_keep(D4 / SHARE + d, qkv[key + KV_HEADS * D4 + d * SHARE], lane);
+  }
+  lanes_end();
 }
 
 @compute @workgroup_size(LANES)
@@ -60,8 +138,9 @@ fn forward(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index)
   let count = rows.x;
   let stride = (HEADS + 2u * KV_HEADS) * D4;
   let head = group.y;
-  let key0 = (HEADS + head / (HEADS / KV_HEADS)) * D4;
-  let row0 = group.x * (ROWS * LANES);
+  let row0 = group.x * (ROWS * LANES / PARTS);
+  let mine = lane / PARTS;
+  let part = lane % PARTS;
   let scale = inverseSqrt(f32(D4 * 4u));
   var start: array<u32, 2>;
   var top: array<f32, 2>;
@@ -70,56 +149,47 @@ fn forward(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index)
   var o: array<vec4f, 32>;
   // unroll
   for (var r = 0u; r < ROWS; r++) {
-    let safe = min(row0 + r * LANES + lane, count - 1u);
+    let safe = min(row0 + r * (LANES / PARTS) + mine, count - 1u);
     start[r] = spans[safe].x;
     top[r] = LOWEST;
     // unroll
-    for (var d = 0u; d < D4; d++) {
-      q[r * D4 + d] = qkv[safe * stride + head * D4 + d] * scale;
+    for (var d = 0u; d < D4 / PARTS; d++) {
+      q[r * (D4 / PARTS) + d] = qkv[safe * stride + head * D4 + d * PARTS + part] * scale;
     }
   }
   let tile = LANES / SHARE;
-  let stop = min(row0 + ROWS * LANES, count);
+  let stop = min(row0 + ROWS * LANES / PARTS, count);
   for (var j0 = spans[row0].x / tile * tile; j0 < stop; j0 += tile) {
-    let key = min(j0 + lane / SHARE, count - 1u) * stride + key0 + lane % SHARE;
-    lanes_begin();
-    // unroll
-    for (var d = 0u; d < D4 / SHARE; d++) {
-      lanes_keep(d, qkv[key + d * SHARE], lane);
-      lanes_keep(D4 / SHARE + d, qkv[key + KV_HEADS * D4 + d * SHARE], lane);
-    }
-    lanes_end();
+    keep_keys(j0, head / (HEADS / KV_HEADS), lane);
     // unroll up to 2
     for (var some = 0u; some < LANES / SHARE / SOME; some++) {
       var s: array<f32, 16>;
       // unroll
       for (var j = 0u; j < SOME; j++) {
-        let at = j0 + some * SOME + j;
-        var products: array<vec4f, 2>;
-        // unroll: said outright, because naga clears a variable once and not in every round of a loop
-        for (var r = 0u; r < ROWS; r++) {
-          products[r] = vec4f();
-        }
+        var scores = array<vec4f, 2>();
         // unroll
-        for (var d = 0u; d < D4; d++) {
-          let k = tile_fetch(0u, d, some * SOME + j);
+        for (var d = 0u; d < D4 / PARTS; d++) {
+          let k = tile_fetch(0u, d, some * SOME + j, part);
           // unroll
           for (var r = 0u; r < ROWS; r++) {
-            products[r] = fma(q[r * D4 + d], k, products[r]);
+            scores[r] = fma(q[r * (D4 / PARTS) + d], k, scores[r]);
           }
         }
         // unroll
         for (var r = 0u; r < ROWS; r++) {
-          let seen = start[r] <= at && at <= row0 + r * LANES + lane;
-          s[r * SOME + j] = select(LOWEST, total(products[r]), seen);
+          s[r * SOME + j] = total(scores[r]);
         }
       }
+      join(&s, 2u * D4 / SHARE, lane);
       var keep: array<f32, 2>;
       // unroll
       for (var r = 0u; r < ROWS; r++) {
         var best = top[r];
         // unroll
         for (var j = 0u; j < SOME; j++) {
+          let at = j0 + some * SOME + j;
+          let seen = start[r] <= at && at <= row0 + r * (LANES / PARTS) + mine;
+          s[r * SOME + j] = select(LOWEST, s[r * SOME + j], seen);
           best = max(best, s[r * SOME + j]);
         }
         keep[r] = exp(top[r] - best);
@@ -132,36 +202,33 @@ fn forward(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index)
         top[r] = best;
       }
       // unroll
-      for (var d = 0u; d < D4; d++) {
-        var values: array<vec4f, 2>;
+      for (var d = 0u; d < D4 / PARTS; d++) {
         // unroll
         for (var r = 0u; r < ROWS; r++) {
-          values[r] = o[r * D4 + d] * keep[r];
+          o[r * (D4 / PARTS) + d] *= keep[r];
         }
         // unroll
         for (var j = 0u; j < SOME; j++) {
-          let v = tile_fetch(D4 / SHARE, d, some * SOME + j);
+          let v = tile_fetch(D4 / SHARE, d, some * SOME + j, part);
           // unroll
           for (var r = 0u; r < ROWS; r++) {
-            values[r] = fma(vec4f(s[r * SOME + j]), v, values[r]);
+            o[r * (D4 / PARTS) + d] = fma(vec4f(s[r * SOME + j]), v, o[r * (D4 / PARTS) + d]);
           }
-        }
-        // unroll
-        for (var r = 0u; r < ROWS; r++) {
-          o[r * D4 + d] = values[r];
         }
       }
     }
   }
   // unroll
   for (var r = 0u; r < ROWS; r++) {
-    let row = row0 + r * LANES + lane;
+    let row = row0 + r * (LANES / PARTS) + mine;
     if (row < count) {
       // unroll
-      for (var d = 0u; d < D4; d++) {
-        out[(row * HEADS + head) * D4 + d] = o[r * D4 + d] / sum[r];
+      for (var d = 0u; d < D4 / PARTS; d++) {
+        out[(row * HEADS + head) * D4 + d * PARTS + part] = o[r * (D4 / PARTS) + d] / sum[r];
       }
-      lse[row * HEADS + head] = top[r] + log(sum[r]);
+      if (part == 0u) {
+        lse[row * HEADS + head] = top[r] + log(sum[r]);
+      }
     }
   }
 }
@@ -171,102 +238,77 @@ fn backward_q(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_ind
   let count = rows.x;
   let stride = (HEADS + 2u * KV_HEADS) * D4;
   let head = group.y;
-  let key0 = (HEADS + head / (HEADS / KV_HEADS)) * D4;
-  let row0 = group.x * (ROWS * LANES);
+  let row0 = group.x * (ROWS * LANES / PARTS);
+  let mine = lane / PARTS;
+  let part = lane % PARTS;
   let scale = inverseSqrt(f32(D4 * 4u));
   var start: array<u32, 2>;
   var my_lse: array<f32, 2>;
-  var my_delta: array<f32, 2>;
+  var my_delta: array<f32, 16>;
   var q: array<vec4f, 32>;
   var g: array<vec4f, 32>;
   var dq: array<vec4f, 32>;
   // unroll
   for (var r = 0u; r < ROWS; r++) {
-    let safe = min(row0 + r * LANES + lane, count - 1u);
+    let safe = min(row0 + r * (LANES / PARTS) + mine, count - 1u);
     let at = safe * HEADS + head;
     start[r] = spans[safe].x;
     my_lse[r] = given_lse[at / 4u][at % 4u];
     var products = vec4f();
     // unroll
-    for (var d = 0u; d < D4; d++) {
-      q[r * D4 + d] = qkv[safe * stride + head * D4 + d] * scale;
-      g[r * D4 + d] = dout[at * D4 + d];
-      products = fma(g[r * D4 + d], given_out[at * D4 + d], products);
+    for (var d = 0u; d < D4 / PARTS; d++) {
+      q[r * (D4 / PARTS) + d] = qkv[safe * stride + head * D4 + d * PARTS + part] * scale;
+      g[r * (D4 / PARTS) + d] = dout[at * D4 + d * PARTS + part];
+      products = fma(g[r * (D4 / PARTS) + d], given_out[at * D4 + d * PARTS + part], products);
     }
     my_delta[r] = total(products);
   }
+  join(&my_delta, 2u * D4 / SHARE, lane);
   let tile = LANES / SHARE;
-  let stop = min(row0 + ROWS * LANES, count);
+  let stop = min(row0 + ROWS * LANES / PARTS, count);
   for (var j0 = spans[row0].x / tile * tile; j0 < stop; j0 += tile) {
-    let key = min(j0 + lane / SHARE, count - 1u) * stride + key0 + lane % SHARE;
-    lanes_begin();
-    // unroll
-    for (var d = 0u; d < D4 / SHARE; d++) {
-      lanes_keep(d, qkv[key + d * SHARE], lane);
-      lanes_keep(D4 / SHARE + d, qkv[key + KV_HEADS * D4 + d * SHARE], lane);
-    }
-    lanes_end();
+    keep_keys(j0, head / (HEADS / KV_HEADS), lane);
     // unroll up to 2
     for (var some = 0u; some < LANES / SHARE / SOME; some++) {
+      var s: array<f32, 16>;
       var ds: array<f32, 16>;
+      products(&q, &g, some * SOME, part, &s, &ds);
+      join(&s, 2u * D4 / SHARE, lane);
+      join(&ds, 2u * D4 / SHARE, lane);
       // unroll
-      for (var j = 0u; j < SOME; j++) {
-        let at = j0 + some * SOME + j;
-        var scores: array<vec4f, 2>;
-        var dp: array<vec4f, 2>;
+      for (var r = 0u; r < ROWS; r++) {
         // unroll
-        for (var r = 0u; r < ROWS; r++) {
-          scores[r] = vec4f();
-          dp[r] = vec4f();
-        }
-        // unroll
-        for (var d = 0u; d < D4; d++) {
-          let k = tile_fetch(0u, d, some * SOME + j);
-          let v = tile_fetch(D4 / SHARE, d, some * SOME + j);
-          // unroll
-          for (var r = 0u; r < ROWS; r++) {
-            scores[r] = fma(q[r * D4 + d], k, scores[r]);
-            dp[r] = fma(g[r * D4 + d], v, dp[r]);
-          }
-        }
-        // unroll
-        for (var r = 0u; r < ROWS; r++) {
-          let seen = start[r] <= at && at <= row0 + r * LANES + lane;
-          let p = select(0.0, exp(total(scores[r]) - my_lse[r]), seen);
-          ds[r * SOME + j] = p * (total(dp[r]) - my_delta[r]);
+        for (var j = 0u; j < SOME; j++) {
+          let at = j0 + some * SOME + j;
+          let seen = start[r] <= at && at <= row0 + r * (LANES / PARTS) + mine;
+          let p = select(0.0, exp(s[r * SOME + j] - my_lse[r]), seen);
+          ds[r * SOME + j] = p * (ds[r * SOME + j] - my_delta[r]);
         }
       }
       // unroll
-      for (var d = 0u; d < D4; d++) {
-        var sums: array<vec4f, 2>;
-        // unroll
-        for (var r = 0u; r < ROWS; r++) {
-          sums[r] = dq[r * D4 + d];
-        }
+      for (var d = 0u; d < D4 / PARTS; d++) {
         // unroll
         for (var j = 0u; j < SOME; j++) {
-          let k = tile_fetch(0u, d, some * SOME + j);
+          let k = tile_fetch(0u, d, some * SOME + j, part);
           // unroll
           for (var r = 0u; r < ROWS; r++) {
-            sums[r] = fma(vec4f(ds[r * SOME + j]), k, sums[r]);
+            dq[r * (D4 / PARTS) + d] = fma(vec4f(ds[r * SOME + j]), k, dq[r * (D4 / PARTS) + d]);
           }
-        }
-        // unroll
-        for (var r = 0u; r < ROWS; r++) {
-          dq[r * D4 + d] = sums[r];
         }
       }
     }
   }
   // unroll
   for (var r = 0u; r < ROWS; r++) {
-    let row = row0 + r * LANES + lane;
+    let row = row0 + r * (LANES / PARTS) + mine;
     if (row < count) {
       // unroll
-      for (var d = 0u; d < D4; d++) {
-        dqkv[row * stride + head * D4 + d] = dq[r * D4 + d] * scale;
+      for (var d = 0u; d < D4 / PARTS; d++) {
+        dqkv[row * stride + head * D4 + d * PARTS + part] = dq[r * (D4 / PARTS) + d] * scale;
       }
-      delta[row * HEADS + head] = my_delta[r];
+      if (part == 0u) {
+        delta[row * HEADS + head] = my_delta[r];
+      }
     }
   }
 }
@@ -276,7 +318,9 @@ fn backward_kv(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_in
   let count = rows.x;
   let stride = (HEADS + 2u * KV_HEADS) * D4;
   let kv = group.y;
-  let row0 = group.x * (ROWS * LANES);
+  let row0 = group.x * (ROWS * LANES / PARTS);
+  let mine = lane / PARTS;
+  let part = lane % PARTS;
   let scale = inverseSqrt(f32(D4 * 4u));
   var end: array<u32, 2>;
   var k: array<vec4f, 32>;
@@ -285,16 +329,16 @@ fn backward_kv(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_in
   var dv: array<vec4f, 32>;
   // unroll
   for (var r = 0u; r < ROWS; r++) {
-    let safe = min(row0 + r * LANES + lane, count - 1u);
+    let safe = min(row0 + r * (LANES / PARTS) + mine, count - 1u);
     end[r] = spans[safe].y;
     // unroll
-    for (var d = 0u; d < D4; d++) {
-      k[r * D4 + d] = qkv[safe * stride + (HEADS + kv) * D4 + d] * scale;
-      v[r * D4 + d] = qkv[safe * stride + (HEADS + KV_HEADS + kv) * D4 + d];
+    for (var d = 0u; d < D4 / PARTS; d++) {
+      k[r * (D4 / PARTS) + d] = qkv[safe * stride + (HEADS + kv) * D4 + d * PARTS + part] * scale;
+      v[r * (D4 / PARTS) + d] = qkv[safe * stride + (HEADS + KV_HEADS + kv) * D4 + d * PARTS + part];
     }
   }
   let tile = LANES / SHARE;
-  let stop = spans[min(row0 + ROWS * LANES, count) - 1u].y;
+  let stop = spans[min(row0 + ROWS * LANES / PARTS, count) - 1u].y;
   for (var h = 0u; h < HEADS / KV_HEADS; h++) {
     let head = kv * (HEADS / KV_HEADS) + h;
     for (var i0 = row0; i0 < stop; i0 += tile) {
@@ -312,56 +356,31 @@ fn backward_kv(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_in
       for (var some = 0u; some < LANES / SHARE / SOME; some++) {
         var p: array<f32, 16>;
         var ds: array<f32, 16>;
+        products(&k, &v, some * SOME, part, &p, &ds);
+        join(&p, 2u * D4 / SHARE + 1u, lane);
+        join(&ds, 2u * D4 / SHARE + 1u, lane);
         // unroll
         for (var i = 0u; i < SOME; i++) {
-          let known = tile_fetch(2u * D4 / SHARE, 0u, some * SOME + i);
-          var scores: array<vec4f, 2>;
-          var dp: array<vec4f, 2>;
+          let known = tile_fetch(2u * D4 / SHARE, 0u, some * SOME + i, part);
+          let at = i0 + some * SOME + i;
           // unroll
           for (var r = 0u; r < ROWS; r++) {
-            scores[r] = vec4f();
-            dp[r] = vec4f();
-          }
-          // unroll
-          for (var d = 0u; d < D4; d++) {
-            let q = tile_fetch(0u, d, some * SOME + i);
-            let g = tile_fetch(D4 / SHARE, d, some * SOME + i);
-            // unroll
-            for (var r = 0u; r < ROWS; r++) {
-              scores[r] = fma(k[r * D4 + d], q, scores[r]);
-              dp[r] = fma(v[r * D4 + d], g, dp[r]);
-            }
-          }
-          // unroll
-          for (var r = 0u; r < ROWS; r++) {
-            let seen = row0 + r * LANES + lane <= i0 + some * SOME + i && i0 + some * SOME + i < end[r];
-            p[r * SOME + i] = select(0.0, exp(total(scores[r]) - known.x), seen);
-            ds[r * SOME + i] = p[r * SOME + i] * (total(dp[r]) - known.y);
+            let seen = row0 + r * (LANES / PARTS) + mine <= at && at < end[r];
+            p[r * SOME + i] = select(0.0, exp(p[r * SOME + i] - known.x), seen);
+            ds[r * SOME + i] = p[r * SOME + i] * (ds[r * SOME + i] - known.y);
           }
         }
         // unroll
-        for (var d = 0u; d < D4; d++) {
-          var sums_k: array<vec4f, 2>;
-          var sums_v: array<vec4f, 2>;
-          // unroll
-          for (var r = 0u; r < ROWS; r++) {
-            sums_k[r] = dk[r * D4 + d];
-            sums_v[r] = dv[r * D4 + d];
-          }
+        for (var d = 0u; d < D4 / PARTS; d++) {
           // unroll
           for (var i = 0u; i < SOME; i++) {
-            let q = tile_fetch(0u, d, some * SOME + i);
-            let g = tile_fetch(D4 / SHARE, d, some * SOME + i);
+            let q = tile_fetch(0u, d, some * SOME + i, part);
+            let g = tile_fetch(D4 / SHARE, d, some * SOME + i, part);
             // unroll
             for (var r = 0u; r < ROWS; r++) {
-              sums_k[r] = fma(vec4f(ds[r * SOME + i]), q, sums_k[r]);
-              sums_v[r] = fma(vec4f(p[r * SOME + i]), g, sums_v[r]);
+              dk[r * (D4 / PARTS) + d] = fma(vec4f(ds[r * SOME + i]), q, dk[r * (D4 / PARTS) + d]);
+              dv[r * (D4 / PARTS) + d] = fma(vec4f(p[r * SOME + i]), g, dv[r * (D4 / PARTS) + d]);
             }
-          }
-          // unroll
-          for (var r = 0u; r < ROWS; r++) {
-            dk[r * D4 + d] = sums_k[r];
-            dv[r * D4 + d] = sums_v[r];
           }
         }
       }
@@ -369,12 +388,12 @@ fn backward_kv(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_in
   }
   // unroll
   for (var r = 0u; r < ROWS; r++) {
-    let row = row0 + r * LANES + lane;
+    let row = row0 + r * (LANES / PARTS) + mine;
     if (row < count) {
       // unroll
-      for (var d = 0u; d < D4; d++) {
-        dqkv[row * stride + (HEADS + kv) * D4 + d] = dk[r * D4 + d] * scale;
-        dqkv[row * stride + (HEADS + KV_HEADS + kv) * D4 + d] = dv[r * D4 + d];
+      for (var d = 0u; d < D4 / PARTS; d++) {
+        dqkv[row * stride + (HEADS + kv) * D4 + d * PARTS + part] = dk[r * (D4 / PARTS) + d] * scale;
+        dqkv[row * stride + (HEADS + KV_HEADS + kv) * D4 + d * PARTS + part] = dv[r * (D4 / PARTS) + d];
       }
     }
   }

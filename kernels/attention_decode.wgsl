@@ -19,6 +19,7 @@ override HEADS: u32;
 override KV_HEADS: u32;
 override D4: u32; // D / 4
 override CONTEXT: u32;
+override KEPT: u32 = 1u; // of D4 what the lanes keep at a time for the sum over them: a divisor of it
 
 @group(0) @binding(0) var<uniform> rows: vec4u;
 @group(0) @binding(1) var<storage, read> qkv: array<vec4f>;
@@ -101,17 +102,20 @@ fn forward(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index)
   }
   let keep = exp(top - lanes_max(top, lane));
   let all = lanes_sum(sum * keep, lane);
-  lanes_begin();
   // unroll
-  for (var d = 0u; d < D4; d++) {
-    lanes_keep(d, o[d] * keep, lane);
-    o[d] = vec4f();
-  }
-  lanes_end();
-  for (var other = 0u; other < LANES; other++) {
+  for (var first = 0u; first < D4; first += KEPT) {
+    lanes_begin();
     // unroll
-    for (var d = 0u; d < D4; d++) {
-      o[d] += lanes_fetch(d, other);
+    for (var d = 0u; d < KEPT; d++) {
+      lanes_keep(d, o[first + d] * keep, lane);
+      o[first + d] = vec4f();
+    }
+    lanes_end();
+    for (var other = 0u; other < LANES; other++) {
+      // unroll
+      for (var d = 0u; d < KEPT; d++) {
+        o[first + d] += lanes_fetch(d, other);
+      }
     }
   }
   // unroll

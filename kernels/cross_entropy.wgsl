@@ -87,11 +87,10 @@ fn backward(
   for (var row = group.x + group.y * 32768u; row < rows.x; row += groups.x * groups.y) {
     let first = row * (STRIDE / (4u * WIDE));
     let label = labels[rows.y + row];
-    // Read before any lane overwrites it: the lanes meet in log_sum_exp.
-    let of_label = target_of(first, label);
     let lse = log_sum_exp(first, lane);
-    if (lane == 0u) {
-      nll[rows.y + row] = lse - of_label;
+    // The lane that will overwrite the label's logit: no other could read it safely.
+    if (lane == label / (4u * WIDE) % LANES) {
+      nll[rows.y + row] = lse - target_of(first, label);
     }
     for (var c = lane; c < STRIDE / (4u * WIDE); c += LANES) {
       var v = logits[first + c];

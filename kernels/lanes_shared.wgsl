@@ -1,7 +1,7 @@
 // lanes_shared — snippet: the lanes of a workgroup share values through workgroup memory.
 // Appended to kernels that call lanes_*; works on every device. Twin of lanes_subgroup.wgsl.
 //
-//   needs   override LANES, a power of two; override LANE_SLOTS where values are kept
+//   needs   override LANES, a power of two, at most 64 where values are kept; override LANE_SLOTS there
 //   grid    none of its own
 
 var<workgroup> lanes_board: array<f32, LANES>;
@@ -35,8 +35,9 @@ fn lanes_max(value: f32, lane: u32) -> f32 {
 }
 
 override LANE_SLOTS: u32 = 1u;
-// One array, not nested ones: only the outermost size may be an override.
-var<workgroup> lanes_kept: array<vec4f, LANE_SLOTS * LANES>;
+// By slot, then by lane: naga clamps each index that is no literal, so in rows of lanes it clamps once for all slots. Only the
+// outermost size may be an override.
+var<workgroup> lanes_kept: array<array<vec4f, 64>, LANE_SLOTS>;
 
 /// Begins a round of lanes_keep: no lane may still be fetching the round before.
 fn lanes_begin() {
@@ -45,7 +46,7 @@ fn lanes_begin() {
 
 /// Keeps a value of this lane under `slot` for lanes_fetch of the others.
 fn lanes_keep(slot: u32, value: vec4f, lane: u32) {
-  lanes_kept[slot * LANES + lane] = value;
+  lanes_kept[slot][lane] = value;
 }
 
 /// Ends a round of lanes_keep: now every lane may fetch.
@@ -55,7 +56,7 @@ fn lanes_end() {
 
 /// The value that lane `owner` keeps under `slot`.
 fn lanes_fetch(slot: u32, owner: u32) -> vec4f {
-  return lanes_kept[slot * LANES + owner];
+  return lanes_kept[slot][owner];
 }
 
 /// Entries of a table of 16 for the low four bits of `codes`, by those bits: a driver looks up what differs from lane to lane

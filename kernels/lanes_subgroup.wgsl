@@ -27,7 +27,7 @@ fn lanes_keep(slot: u32, value: vec4f, lane: u32) {
 /// Ends a round of lanes_keep: now every lane may fetch.
 fn lanes_end() {}
 
-/// The value that lane `owner` keeps under `slot`; `owner` is the same in all lanes.
+/// The value that lane `owner` keeps under `slot`.
 fn lanes_fetch(slot: u32, owner: u32) -> vec4f {
   return subgroupShuffle(lanes_kept[slot], owner);
 }

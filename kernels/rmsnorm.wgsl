@@ -9,13 +9,14 @@
 //   weight, dweight    f32 [DIM]
 //   rstd               f32 [rows]       kept by forward for backward
 //   grid               forward, backward: at most one workgroup per row, folded
-//                      backward_weight: [DIM / (4 · WIDE · LANES)]
+//                      backward_weight: [DIM / (4 · WIDE · LANES / SPLIT)]
 //   shared             lanes_*
 
 override LANES: u32;
 override DIM: u32;
 override EPS: f32;
 override ADD: u32 = 1u; // 0: backward overwrites dx
+override SPLIT: u32 = 1u; // backward_weight: lanes that share the rows of a column, every SPLIT-th each
 const WIDE = 1u; // vec4f that are loaded and stored at once
 const KEPT = 16u; // loads of a row that a lane keeps for its second pass; longer rows are loaded twice
 
@@ -137,19 +138,36 @@ fn backward(
 @compute @workgroup_size(LANES)
 fn backward_weight(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {
   let width = DIM / (4u * WIDE);
-  let column = group.x * LANES + lane;
-  if (column >= width) {
-    return;
-  }
-  var sum = dweight[column];
-  for (var row = 0u; row < rows.x; row++) {
-    var value = x[row * width + column];
-    var g = dout[row * width + column];
+  let column = group.x * (LANES / SPLIT) + lane % (LANES / SPLIT);
+  let safe = min(column, width - 1u);
+  var sum: array<vec4f, WIDE>;
+  for (var row = lane / (LANES / SPLIT); row < rows.x; row += SPLIT) {
+    var value = x[row * width + safe];
+    var g = dout[row * width + safe];
     let scale = rstd[row];
     // unroll
     for (var h = 0u; h < WIDE; h++) {
       sum[h] += g[h] * value[h] * scale;
     }
   }
-  dweight[column] = sum;
+  // unroll
+  for (var h = 0u; h < WIDE; h++) {
+    lanes_keep(h, sum[h], lane);
+  }
+  lanes_end();
+  // unroll
+  for (var other = 1u; other < SPLIT; other++) {
+    // unroll
+    for (var h = 0u; h < WIDE; h++) {
+      sum[h] += lanes_fetch(h, lane % (LANES / SPLIT) + other * (LANES / SPLIT));
+    }
+  }
+  if (lane < LANES / SPLIT && column < width) {
+    var all = dweight[column];
+    // unroll
+    for (var h = 0u; h < WIDE; h++) {
+      all[h] += sum[h];
+    }
+    dweight[column] = all;
+  }
 }

@@ -1,12 +1,13 @@
 /**
  * The bench: peaks of the device, every kernel at the blog's sizes, training updates and generation. Each result is checked
- * against the slow reference before it is timed; nothing is reported that was not. Sizes follow the device.
+ * against the slow reference before it is timed; nothing is reported that was not. Sizes follow the device. A measurement
+ * that fails is told, the others are made all the same, and the status is 1.
  *
  *   deno task bench                          all of it: some minutes on a CPU driver
  *   deno task bench --only step --quick
  *   deno task bench:gpu                      for a rented GPU: within 9 minutes, tiles compared
  *
- * writes   <out>/bench.json, after every part
+ * writes   <out>/bench.json, after every measurement
  */
 import { openGpu } from "../lib/gpu/device.ts";
 import { headChunk } from "../lib/model/plan.ts";
@@ -46,7 +47,8 @@ console.log(table([
   ["FP32 peak", `${figure(peaks.gflops)} GFLOP/s on registers${perCpuS("gflops", "GFLOP")}`],
   ["Copy", `${figure(peaks.gbps)} GB/s read and written${perCpuS("gbps", "GB")}`],
 ]));
-const kernels: KernelResult[] = [], steps: StepResult[] = [], generated: GenerateResult[] = [], skipped: string[] = [];
+const kernels: KernelResult[] = [], steps: StepResult[] = [], generated: GenerateResult[] = [];
+const skipped: string[] = [], failed: { name: string; error: string }[] = [];
 await save();
 
 // 2. Kernels.
@@ -72,22 +74,22 @@ if (wanted("kernels")) {
 const dir = await Deno.makeTempDir({ prefix: "bench_" });
 globalThis.addEventListener("unload", () => Deno.removeSync(dir, { recursive: true }));
 if (wanted("step")) {
-  for (const { name } of stepCases(gpu, { dir, quick: opt.quick })) {
-    if (!more()) {
-      skipped.push(name);
-      continue;
-    }
-    const shared = gpu !== opened, { quick } = opt;
-    const result = await runStep({ name, dir, quick, shared, peakGflops: peaks.gflops });
-    steps.push(result);
-    showStep(result);
-    await save();
+  const shared = gpu !== opened, { quick } = opt, { gflops: peakGflops } = peaks;
+  for (const { name } of stepCases(gpu, { dir, quick })) {
+    // A step that began in time may end a little late: kernels hang on drivers that were never tried.
+    const seconds = opt.budget === 0 ? undefined : opt.budget + 40 - (performance.now() - began) / 1e3;
+    await attempt(`step ${name}`, async () => {
+      steps.push(await runStep({ name, dir, quick, shared, peakGflops }, seconds));
+      showStep(steps.at(-1)!);
+    });
   }
 }
 if (wanted("generate")) {
   for (const of of generateCases(gpu)) {
-    if (more()) generated.push(await benchGenerate(of, { dir, quick: opt.quick, copyGbps: peaks.gbps }));
-    else skipped.push(`generate ${of.name} ${of.sequences}`);
+    const how = { dir, quick: opt.quick, copyGbps: peaks.gbps };
+    await attempt(`generate ${of.name} ${of.sequences}`, async () => {
+      generated.push(await benchGenerate(of, how));
+    });
   }
   console.log(
     "\n" + table([
@@ -102,7 +104,6 @@ if (wanted("generate")) {
       ]),
     ], { header: true }),
   );
-  await save();
 }
 
 // 4. Tiles, last because they are many.
@@ -114,6 +115,7 @@ await save();
 if (skipped.length > 0) {
   console.log(`\nNot begun within ${opt.budget} s: ${skipped.length} measurements, ${skipped[0]} the first`);
 }
+if (failed.length > 0) console.error(`\nFailed: ${failed.map(({ name }) => name).join(", ")}`);
 const others = [...kernels, ...steps].map(({ others_share }) => others_share ?? 0).sort((a, b) => a - b);
 if (gpu.cpu && others.length > 0) {
   const [least, most] = [others[0]!, others.at(-1)!].map(percent);
@@ -122,16 +124,32 @@ if (gpu.cpu && others.length > 0) {
   );
 }
 console.log(`${opt.out}/bench.json`);
-Deno.exit(0);
+Deno.exit(failed.length > 0 ? 1 : 0);
+
+/** Measures something if there is time. What fails is told and kept, and the rest is measured all the same. */
+async function attempt(name: string, measured: () => Promise<void>): Promise<void> {
+  if (!more()) {
+    skipped.push(name);
+    return;
+  }
+  try {
+    await measured();
+  } catch (error) {
+    failed.push({ name, error: error instanceof Error ? error.message : String(error) });
+    console.error(`\n${name}: ${failed.at(-1)!.error}`);
+  }
+  await save();
+}
 
 /** Measures cases and prints them as one table. */
 async function benchAll(title: string, cases: readonly Case[]): Promise<void> {
   const results: KernelResult[] = [];
   for (const of of cases) {
-    if (more()) results.push(await benchCase(gpu, of, { peaks, quick: opt.quick }));
-    else skipped.push(`${of.name} ${of.tile ?? ""}`.trim());
+    await attempt(`${of.name} ${of.tile ?? ""}`.trim(), async () => {
+      results.push(await benchCase(gpu, of, { peaks, quick: opt.quick }));
+      kernels.push(results.at(-1)!);
+    });
   }
-  kernels.push(...results);
   const rows = results.map((r) => [
     r.name,
     r.shape,
@@ -146,7 +164,6 @@ async function benchAll(title: string, cases: readonly Case[]): Promise<void> {
   const tile = results.some((r) => r.tile) ? ["tile"] : [], cpu = gpu.cpu ? ["per CPU s"] : [];
   const head = [title, "shape", "types", ...tile, "ms", "least to most", "speed", "of peak", ...cpu];
   console.log("\n" + table([head, ...rows], { header: true }));
-  await save();
 }
 
 function showStep(s: StepResult): void {
@@ -200,5 +217,6 @@ async function save(): Promise<void> {
     steps,
     generate: generated,
     skipped,
+    failed,
   });
 }

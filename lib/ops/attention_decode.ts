@@ -1,6 +1,6 @@
 /** Binding of attention_decode.wgsl: names, shapes and grids of the attention over cached keys and values; no arithmetic. */
 import type { Gpu } from "../gpu/device.ts";
-import { type Dispatch, fold, Kernel, type Rows } from "../gpu/kernel.ts";
+import { type Dispatch, fold, Kernel, laneCount, type Rows } from "../gpu/kernel.ts";
 import { createTensor, type Tensor } from "../gpu/tensor.ts";
 import source from "../../kernels/attention_decode.wgsl" with { type: "text" };
 
@@ -29,8 +29,9 @@ export function createAttentionDecode(gpu: Gpu, { heads, kvHeads, headDim, conte
   }
   const kernel = new Kernel(gpu, "attention_decode", source);
   const shared = gpu.lanes === "shared";
-  const lanes = !shared ? gpu.subgroup : headDim > 64 ? 32 : 64;
-  const constants = { LANES: lanes, HEADS: heads, KV_HEADS: kvHeads, D4: headDim / 4, CONTEXT: context };
+  const constants = { LANES: laneCount(gpu), HEADS: heads, KV_HEADS: kvHeads, D4: headDim / 4, CONTEXT: context };
+  // Workgroup memory for 8 vec4f of each lane; registers have room for all.
+  const kept = shared ? [8, 7, 6, 5, 4, 3, 2, 1].find((n) => headDim / 4 % n === 0)! : headDim / 4;
   return {
     /** Allocates the cache of one layer for `slots` sequences. */
     cache(name: string, slots: number): Cache {
@@ -57,7 +58,7 @@ export function createAttentionDecode(gpu: Gpu, { heads, kvHeads, headDim, conte
     /** Stores likewise, one row per sequence, and writes out `[rows, H·D]`. */
     forward: (t: { rows: Rows; qkv: Tensor; slots: Tensor; positions: Tensor; out: Tensor } & Cache): Dispatch =>
       kernel.record("forward", {
-        constants: { ...constants, ...(shared ? { LANE_SLOTS: headDim / 4 } : {}) },
+        constants: { ...constants, KEPT: kept, ...(shared ? { LANE_SLOTS: kept } : {}) },
         bind: {
           qkv: t.qkv,
           slots: t.slots,

@@ -9,6 +9,10 @@ import source from "../../kernels/rmsnorm.wgsl" with { type: "text" };
 export function createRmsnorm(gpu: Gpu, { dim, eps }: { dim: number; eps: number }) {
   const kernel = new Kernel(gpu, "rmsnorm", widen(gpu, source, dim));
   const constants = { DIM: dim };
+  // A GPU has more lanes than a row has columns.
+  const split: { SPLIT: number; LANE_SLOTS?: number } = gpu.lanes === "shared"
+    ? { SPLIT: 16, LANE_SLOTS: 1 }
+    : { SPLIT: 1 };
   return {
     /** `out = x · rstd · weight`; x, out `[rows, dim]`, weight `[dim]`, rstd `[rows]` is kept for backward. */
     forward: (t: { rows: Rows; x: Tensor; weight: Tensor; out: Tensor; rstd: Tensor }): Dispatch =>
@@ -29,9 +33,9 @@ export function createRmsnorm(gpu: Gpu, { dim, eps }: { dim: number; eps: number
     /** Adds the gradient of `weight` to `dweight` `[dim]`. */
     backwardWeight: (t: { rows: Rows; x: Tensor; rstd: Tensor; dout: Tensor; dweight: Tensor }): Dispatch =>
       kernel.record("backward_weight", {
-        constants,
+        constants: { ...constants, ...split },
         bind: { rows: t.rows.buffer, x: t.x, rstd: t.rstd, dout: t.dout, dweight: t.dweight },
-        grid: [Math.ceil(dim / (4 * wideOf(gpu, dim)) / laneCount(gpu)), 1, 1],
+        grid: [Math.ceil(dim / (4 * wideOf(gpu, dim)) / (laneCount(gpu) / split.SPLIT)), 1, 1],
       }),
   };
 }

@@ -31,8 +31,8 @@ export async function benchGenerate(
   { name, config, sequences }: { name: string; config: ModelConfig; sequences: number },
   { dir, quick, copyGbps }: { dir: string; quick: boolean; copyGbps: number },
 ): Promise<GenerateResult> {
-  const model = `${dir}/generate_${name}`, length = 64, count = quick ? 16 : 48;
-  const adapter = await writeRandomModel(model, { config, quantized: true });
+  const length = 64, count = quick ? 16 : 48;
+  const { model, adapter } = await writeRandomModel(dir, { config, quantized: true });
   const { inputIds } = randomBatch({ rows: sequences, length, vocab: config.vocab_size, seed: 2 });
   const prompts = Array.from({ length: sequences }, (_, i) => Array.from(inputIds).slice(i * length, (i + 1) * length));
   const generator = await createGenerator({ model, adapter, batch: sequences, context: length + count });

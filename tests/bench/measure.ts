@@ -96,11 +96,15 @@ export async function benchCase(
   { peaks, quick }: { peaks: Peaks; quick: boolean },
 ): Promise<KernelResult> {
   const made: GPUBuffer[] = [];
-  const { commands, reset = [], check } = await of.prepare(createScope(gpu, made));
-  run(gpu, [...reset, ...commands]);
-  await check();
-  const measured = await measure(gpu, commands, { quick, reset });
-  for (const buffer of made) buffer.destroy();
+  let measured: Measured;
+  try {
+    const { commands, reset = [], check } = await of.prepare(createScope(gpu, made));
+    run(gpu, [...reset, ...commands]);
+    await check();
+    measured = await measure(gpu, commands, { quick, reset });
+  } finally {
+    for (const buffer of made) buffer.destroy();
+  }
   const work = ("flop" in of.work ? of.work.flop : of.work.bytes) / 1e6, rate = work / measured.ms;
   const per_cpu_s = measured.cpu_ms === null ? null : work / measured.cpu_ms;
   const figure = "flop" in of.work

@@ -137,11 +137,15 @@ export function randomBatch(
   return { inputIds, targets, positionIds: inputIds.map((_, i) => i % length) };
 }
 
-/** Writes a model of `config` with normal weights of deviation 0.02 to `dir`, in NF4 where `quantized`. */
+/** Writes a model of `config` with normal weights of deviation 0.02 into `dir`, in NF4 where `quantized`, unless it is there. */
 export async function writeRandomModel(
   dir: string,
   { config, quantized }: { config: ModelConfig; quantized: boolean },
-): Promise<Adapter> {
+): Promise<{ model: string; adapter: Adapter }> {
+  const { hidden_size, num_hidden_layers, vocab_size, dtype } = config;
+  const model = `${dir}/${hidden_size}_${num_hidden_layers}_${vocab_size}_${dtype}${quantized ? "_nf4" : ""}`;
+  const adapter = { lora: LORA, tensors: initAdapter(config, LORA, 3407) };
+  if (isFolder(model)) return { model, adapter };
   const stored = ({ float32: "F32", float16: "F16", bfloat16: "BF16" } as const)[config.dtype];
   // One run of numbers of a prime length serves all tensors, each from another place on.
   const period = 4_000_037, block = fromFloat32(normal(period, 0.02, 7), stored), size = stored === "F32" ? 4 : 2;
@@ -161,14 +165,24 @@ export async function writeRandomModel(
     };
     return { name, shape, dtype: stored, data };
   });
-  const dense = quantized ? `${dir}/dense` : dir;
+  const making = `${model}.making`, dense = quantized ? `${making}/dense` : making;
   await Deno.mkdir(dense, { recursive: true });
   await writeModel(dense, config, sinks);
   if (quantized) {
     using source = openModel(dense);
-    await writeQuantizedModel({ source, config, out: dir, doubleQuant: true });
+    await writeQuantizedModel({ source, config, out: making, doubleQuant: true });
   }
-  return { lora: LORA, tensors: initAdapter(config, LORA, 3407) };
+  await Deno.rename(making, model);
+  return { model, adapter };
+}
+
+function isFolder(path: string): boolean {
+  try {
+    return Deno.statSync(path).isDirectory;
+  } catch (error) {
+    if (error instanceof Deno.errors.NotFound) return false;
+    throw error;
+  }
 }
 
 async function writeModel(dir: string, config: ModelConfig, sinks: readonly TensorSink[]): Promise<void> {

@@ -9,6 +9,7 @@ import { byLabel, type LabelTime } from "../../lib/gpu/trace.ts";
 import type { Adapter } from "../../lib/model/adapter.ts";
 import type { ModelConfig } from "../../lib/model/config.ts";
 import type { MicroBatch } from "../../lib/model/llama.ts";
+import type { TileCache } from "../../lib/model/tiles.ts";
 import { type Hyperparameters, Trainer } from "../../lib/model/trainer.ts";
 import { installErrorHandler } from "../../lib/run/flags.ts";
 import { memoryInUse } from "./host.ts";
@@ -96,8 +97,7 @@ export function stepCases(
       checkpointing?: "none" | "block";
     },
   ): Promise<StepCase> => {
-    const model = `${dir}/${config.hidden_size}_${config.num_hidden_layers}_${config.vocab_size}`;
-    const adapter = await writeRandomModel(model, { config, quantized: true });
+    const { model, adapter } = await writeRandomModel(dir, { config, quantized: true });
     const batch = randomBatch({ rows, length, vocab: config.vocab_size, seed: 1 });
     // Random weights know nothing: the loss is that of a uniform guess.
     return { name, model, adapter, batch, losses: [Math.log(config.vocab_size)], within: 0.1, ...how };
@@ -133,11 +133,22 @@ export const TINY = blogConfig({
   dtype: "float32",
 });
 
-/** Runs `benchStep` in a process of its own, so that its memory is its own. Throws what it throws. */
-export async function runStep(options: StepOptions): Promise<StepResult> {
+/**
+ * Runs `benchStep` in a process of its own, so that its memory is its own. Throws where that fails, or has not ended after
+ * `seconds`.
+ */
+export async function runStep(options: StepOptions, seconds?: number): Promise<StepResult> {
   const args = ["run", "-A", import.meta.filename!, JSON.stringify(options)];
-  const { code, stdout } = await new Deno.Command(Deno.execPath(), { args, stderr: "inherit" }).output();
-  if (code !== 0) throw new Error(`Cannot go on: the step ${options.name} ended with status ${code}`);
+  const child = new Deno.Command(Deno.execPath(), { args, stdout: "piped", stderr: "inherit" }).spawn();
+  const timer = seconds === undefined ? undefined : setTimeout(() => child.kill("SIGKILL"), seconds * 1e3);
+  const { success, code, signal, stdout } = await child.output();
+  clearTimeout(timer);
+  if (!success) {
+    const how = signal === "SIGKILL"
+      ? `was killed, ${seconds?.toFixed(0)} s after it began`
+      : `ended with status ${code}`;
+    throw new Error(`Cannot time ${options.name}: its process ${how}`);
+  }
   return JSON.parse(new TextDecoder().decode(stdout));
 }
 
@@ -150,18 +161,39 @@ if (import.meta.main) {
   Deno.exit(0);
 }
 
+/** Tiles that earlier steps measured, kept beside the models. */
+function openTiles(dir: string): TileCache & { save(): void } {
+  const path = `${dir}/tiles.json`, tiles = new Map<string, string>(Object.entries(readJson(path)));
+  return {
+    get: (key) => tiles.get(key),
+    set: (key, tile) => tiles.set(key, tile),
+    save: () => Deno.writeTextFileSync(path, JSON.stringify(Object.fromEntries(tiles))),
+  };
+}
+
+function readJson(path: string): Record<string, string> {
+  try {
+    return JSON.parse(Deno.readTextFileSync(path));
+  } catch (error) {
+    if (error instanceof Deno.errors.NotFound) return {};
+    throw error;
+  }
+}
+
 /** Trains `of` for some updates, checks the first losses and times the later updates. */
 async function benchStep(
   gpu: Gpu,
   of: StepCase,
-  { quick, peakGflops }: { quick: boolean; peakGflops: number },
+  { dir, quick, peakGflops }: StepOptions,
 ): Promise<StepResult> {
   const memoryBefore = await memoryInUse(gpu);
   const { model, adapter, batch, resident = false, checkpointing = "none" } = of, tokens = batch.inputIds.length;
   const train = adapter ? "lora" : "full";
   const opening = performance.now(), how = { resident, checkpointing, tokens, train, hyper: HYPER } as const;
-  const trainer = await Trainer.open({ gpu, model, adapter, ...how, tiles: new Map<string, string>() });
+  const tiles = openTiles(dir);
+  const trainer = await Trainer.open({ gpu, model, adapter, ...how, tiles });
   const open_ms = performance.now() - opening;
+  tiles.save();
   const losses: number[] = [];
   let step = 0;
   const update = () => trainer.update([batch], { step: ++step, learningRate: 1e-3 });

@@ -24,8 +24,8 @@ const HYPER = { weightDecay: 0.01, beta1: 0.9, beta2: 0.999, eps: 1e-8, maxGradN
 
 /** Opens a very small model, hands over a function that makes some updates, and frees it. */
 async function training(body: (update: (count: number) => Promise<void>) => Promise<void>): Promise<void> {
-  const model = await Deno.makeTempDir();
-  const adapter = await writeRandomModel(model, { config: CONFIG, quantized: true });
+  const dir = await Deno.makeTempDir();
+  const { model, adapter } = await writeRandomModel(dir, { config: CONFIG, quantized: true });
   const hyper = { ...HYPER, optimizer: "adamw_8bit" } as const;
   const trainer = await Trainer.open({ model, adapter, train: "lora", tokens: 16, hyper });
   const batch = randomBatch({ rows: 1, length: 16, vocab: CONFIG.vocab_size, seed: 1 });
@@ -39,7 +39,7 @@ async function training(body: (update: (count: number) => Promise<void>) => Prom
   });
   for (const tensor of trainer.optimizer.state.values()) tensor.buffer.destroy();
   trainer.llama.destroy();
-  await Deno.remove(model, { recursive: true });
+  await Deno.remove(dir, { recursive: true });
 }
 
 Deno.test("An update records nothing anew, and every buffer of a reading is destroyed", { ignore }, async () => {
