@@ -241,24 +241,21 @@ fn nt(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
   }
   // A loop of its own: a branch inside the loop above would cost a CPU driver a quarter of its speed.
   if (LORA == 1u) {
-    for (var r = 0u; r < tile.r; r += 8u) {
+    for (var r = 0u; r < tile.r; r += 4u) {
       // unroll
-      for (var h = 0u; h < 2u; h++) {
-        // unroll
-        for (var g = 0u; g < 32u / PART; g++) {
-          a[g] = lora_x[lora_row[g] + (r >> 2u) + h];
-        }
-        let first = lora_w0 + (r >> 2u) + h;
-        let b0 = lora_w[first];
-        let b1 = lora_w[first + next];
-        let b2 = lora_w[first + 2u * next];
-        let b3 = lora_w[first + 3u * next];
-        // unroll
-        for (var q = 0u; q < 4u; q++) {
-          b[q] = vec4f(b0[q], b1[q], b2[q], b3[q]);
-        }
-        multiply(&c, &a, &b, own);
+      for (var g = 0u; g < 32u / PART; g++) {
+        a[g] = lora_x[lora_row[g] + (r >> 2u)];
       }
+      let first = lora_w0 + (r >> 2u);
+      let b0 = lora_w[first];
+      let b1 = lora_w[first + next];
+      let b2 = lora_w[first + 2u * next];
+      let b3 = lora_w[first + 3u * next];
+      // unroll
+      for (var q = 0u; q < 4u; q++) {
+        b[q] = vec4f(b0[q], b1[q], b2[q], b3[q]);
+      }
+      multiply(&c, &a, &b, own);
     }
   }
   // unroll
@@ -307,19 +304,16 @@ fn nn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
     }
   }
   if (LORA == 1u) {
-    for (var r = 0u; r < rank; r += 8u) {
+    for (var r = 0u; r < rank; r += 4u) {
       // unroll
-      for (var h = 0u; h < 2u; h++) {
-        // unroll
-        for (var g = 0u; g < 32u / PART; g++) {
-          a[g] = lora_x[lora_row[g] + (r >> 2u) + h];
-        }
-        // unroll
-        for (var q = 0u; q < 4u; q++) {
-          b[q] = lora_w[lora_w0 + (r + h * 4u + q) * lora_stride];
-        }
-        multiply(&c, &a, &b, own);
+      for (var g = 0u; g < 32u / PART; g++) {
+        a[g] = lora_x[lora_row[g] + (r >> 2u)];
       }
+      // unroll
+      for (var q = 0u; q < 4u; q++) {
+        b[q] = lora_w[lora_w0 + (r + q) * lora_stride];
+      }
+      multiply(&c, &a, &b, own);
     }
   }
   // unroll

@@ -2,7 +2,7 @@
 //
 //   forward          rstd[r] = 1 / sqrt(mean_c(x[r,c]²) + EPS)
 //                    out[r,c] = x[r,c] · rstd[r] · weight[c]
-//   backward         dx[r,c] (+)= rstd[r] · (g[c] − x[r,c]·rstd[r]² · mean_c(g·x)),   g = dout[r]·weight
+//   backward         dx[r,c] += rstd[r] · (g[c] − x[r,c]·rstd[r]² · mean_c(g·x)),   g = dout[r]·weight
 //   backward_weight  dweight[c] += Σ_r dout[r,c] · x[r,c] · rstd[r]
 //
 //   x, out, dout, dx   f32 [rows, DIM]
@@ -15,7 +15,6 @@
 override LANES: u32;
 override DIM: u32;
 override EPS: f32;
-override ADD: u32 = 1u; // 0: backward overwrites dx
 override SPLIT: u32 = 1u; // backward_weight: lanes that share the rows of a column, every SPLIT-th each
 const WIDE = 1u; // vec4f that are loaded and stored at once
 const KEPT = 16u; // loads of a row that a lane keeps for its second pass; longer rows are loaded twice
@@ -121,10 +120,7 @@ fn backward(
             g[h] *= weight[c * WIDE + h];
           }
         }
-        var sum = array<vec4f, WIDE>();
-        if (ADD == 1u) {
-          sum = dx[first + c];
-        }
+        var sum = dx[first + c];
         // unroll
         for (var h = 0u; h < WIDE; h++) {
           sum[h] += scale * (g[h] - value[h] * mean);

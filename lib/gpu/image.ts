@@ -61,21 +61,32 @@ export function imageOf(gpu: Gpu, buffer: GPUBuffer): Image {
   const known = images.get(buffer);
   if (known) return known;
   const texels = buffer.size / TEXEL_BYTES, limit = gpu.limits.maxTextureDimension2D;
-  const row = texels <= TEXELS * limit ? TEXELS : WIDE, height = Math.ceil(texels / row);
+  const row = heightOf(texels, TEXELS) <= limit ? TEXELS : WIDE, height = heightOf(texels, row);
   if (height > limit) {
     throw new RangeError(
-      `Cannot read "${buffer.label}" as an image: ${buffer.size} bytes are more than ${limit * WIDE * TEXEL_BYTES}`,
+      `Cannot read "${buffer.label}" as an image: ${buffer.size} bytes take more than ${limit} rows of ${
+        WIDE * TEXEL_BYTES
+      }`,
     );
   }
   const texture = gpu.device.createTexture({
     label: buffer.label,
-    size: [height === 1 ? texels : row === WIDE ? row : row + LINE, height],
+    size: [row === WIDE ? row : row + LINE, height],
     format: "rgba32uint",
     usage: GPUTextureUsage.STORAGE_BINDING | GPUTextureUsage.COPY_DST,
   });
   const image = { buffer, texture, view: texture.createView(), row, fresh: false };
   images.set(buffer, image);
   return image;
+}
+
+/**
+ * Rows for so many texels, never a power of two: CPU drivers compile a kernel once for images whose sizes are and once for others,
+ * in every combination of what it reads.
+ */
+function heightOf(texels: number, row: number): number {
+  const height = Math.max(3, Math.ceil(texels / row));
+  return Number.isInteger(Math.log2(height)) ? height + 1 : height;
 }
 
 /** Says that a buffer was written: its image, if it has one, is copied again before the next use. */

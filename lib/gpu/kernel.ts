@@ -5,7 +5,7 @@
 import type { Gpu } from "./device.ts";
 import { type Image, imageConstants, imageOf, readImages } from "./image.ts";
 import type { Tensor } from "./tensor.ts";
-import { unroll } from "./unroll.ts";
+import { testAtEnd, unroll } from "./unroll.ts";
 import subgroupLanes from "../../kernels/lanes_subgroup.wgsl" with { type: "text" };
 import sharedLanes from "../../kernels/lanes_shared.wgsl" with { type: "text" };
 
@@ -153,7 +153,7 @@ export class Kernel {
     // The lane count is the device's unless a kernel asks for its own.
     const lanes = this.#source.includes("override LANES") ? { LANES: laneCount(this.#gpu) } : {};
     const all = { ...lanes, ...constants };
-    const text = unroll(this.#source, all);
+    const unrolled = unroll(this.#source, all), text = this.#gpu.lanes === "subgroup" ? testAtEnd(unrolled) : unrolled;
     const declared = Object.fromEntries(
       Object.entries(all).filter(([name]) => new RegExp(`\\boverride ${name}\\b`).test(text)),
     );

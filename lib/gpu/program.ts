@@ -12,6 +12,24 @@ export function run(gpu: Gpu, commands: readonly Command[]): void {
 }
 
 /**
+ * Lets a CPU driver, which compiles a kernel when it is first started, begin with those of `commands`, and does not wait: they
+ * are started without workgroups. GPU drivers have compiled by then.
+ */
+export function compile(gpu: Gpu, commands: readonly Command[]): void {
+  if (!gpu.cpu) return;
+  const encoder = gpu.device.createCommandEncoder(), pass = encoder.beginComputePass(), known = new Set();
+  for (const command of commands) {
+    if (!isDispatch(command) || known.has(command.pipeline)) continue;
+    known.add(command.pipeline);
+    pass.setPipeline(command.pipeline);
+    pass.setBindGroup(0, command.bindGroup);
+    pass.dispatchWorkgroups(0, 0, 0);
+  }
+  pass.end();
+  gpu.queue.submit([encoder.finish()]);
+}
+
+/**
  * What `run` submits: to be submitted once, or, where only the time that this takes is wanted and the same commands ran
  * before, to be dropped.
  */

@@ -49,8 +49,9 @@ export function destroyTensors(tensors: Iterable<Tensor>): void {
   }
 }
 
-/** Upload pieces of this size: a staging copy of each piece lives until its submit is done. */
-const CHUNK = 32 << 20;
+/** Upload pieces are at most this long. A staging copy of each lives until its submit is done: STAGED bytes of them at most. */
+const CHUNK = 32 << 20, STAGED = 256 << 20;
+const staged = new WeakMap<GPUDevice, number>();
 
 /** Writes `data` into `tensor` from byte `offset` on, in bounded pieces. */
 export async function upload(gpu: Gpu, tensor: Tensor, data: ArrayBufferView, offset = 0): Promise<void> {
@@ -63,11 +64,13 @@ export async function upload(gpu: Gpu, tensor: Tensor, data: ArrayBufferView, of
   const bytes = new Uint8Array(data.buffer as ArrayBuffer, data.byteOffset, data.byteLength);
   for (let at = 0; at < bytes.length; at += CHUNK) {
     const piece = bytes.subarray(at, Math.min(at + CHUNK, bytes.length));
-    writeBytes(gpu, tensor.buffer, offset + at, piece);
-    if (bytes.length > CHUNK) {
+    const before = staged.get(gpu.device) ?? 0, full = before + piece.length > STAGED;
+    if (full) {
       gpu.queue.submit([]);
       await gpu.queue.onSubmittedWorkDone();
     }
+    staged.set(gpu.device, piece.length + (full ? 0 : before));
+    writeBytes(gpu, tensor.buffer, offset + at, piece);
   }
 }
 

@@ -24,6 +24,22 @@ export function unroll(source: string, constants: Known): string {
   return expand(source, known);
 }
 
+/**
+ * Lets the loops that are left test at their end. A CPU driver sends all lanes through a loop until none goes on, and looks at
+ * its end alone: a loop that tests at its head runs once more, every lane masked. The file computes the same without this.
+ */
+export function testAtEnd(source: string): string {
+  const head = /for \(var ([^;\n]+); ([^;\n]+); ([^;\n]+)\) \{/.exec(source);
+  if (!head) return source;
+  const [matched, start, test, step] = head, open = head.index + matched.length, close = matchingBrace(source, open);
+  const body = source.slice(open, close);
+  if (/\bcontinue\b/.test(body)) throw new SyntaxError(`Cannot move the test of a loop over "${start}": it continues`);
+  const loop = `loop {${testAtEnd(body)}  ${step}; if (!(${test})) { break; } }`;
+  return `${source.slice(0, head.index)}{ var ${start}; if (${test}) { ${loop} } }${
+    testAtEnd(source.slice(close + 1))
+  }`;
+}
+
 /** Indices and last arguments made of integers alone become one integer: drivers keep such arrays in registers. */
 function fold(body: string, known: Known): string {
   const literal = (text: string) => /\du\b/.test(text) && /^(?:\b\d+u?\b|[\s+*/%()-])+$/.test(text);
@@ -79,7 +95,7 @@ function matchingBrace(source: string, from: number): number {
     if (source[at] === "{") depth++;
     else if (source[at] === "}" && --depth === 0) return at;
   }
-  throw new SyntaxError("Cannot unroll a loop: its closing brace is missing");
+  throw new SyntaxError("Cannot read a loop: its closing brace is missing");
 }
 
 /** Integer arithmetic with the usual precedence, left to right, division rounding down. */

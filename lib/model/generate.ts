@@ -10,7 +10,7 @@ import { Decoder, type ModelParts } from "./decoder.ts";
 import { createLora } from "./lora.ts";
 import { createOps } from "./ops.ts";
 import { checkSampling, NEUTRAL, nextToken, type Sampling } from "./sample.ts";
-import { loadWeights } from "./weights.ts";
+import { planWeights } from "./weights.ts";
 
 /** What writes: a model folder with or without an adapter, or a model that is open already. */
 export interface GeneratorOptions {
@@ -104,7 +104,8 @@ async function openParts(model: string, adapter: string | Adapter | undefined): 
   const gpu = await openGpu(), config = readConfig(model);
   const read = typeof adapter === "string" ? readAdapter(adapter, config) : adapter;
   const ops = await createOps(gpu, config);
-  const weights = await loadWeights(gpu, { dir: model, config, resident: true });
+  const { weights, fill } = planWeights(gpu, { dir: model, config, resident: true });
+  await fill();
   return { gpu, config, ops, weights, lora: read && await createLora(gpu, { config, ...read }) };
 }
 

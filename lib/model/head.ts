@@ -93,7 +93,8 @@ export function createHead(
     }
     const norm = { rows, x: head.x, weight: weights.norm, rstd: head.rstd, dout: head.dh!, dx: head.dx! };
     commands.push(
-      ops.norm.backward({ ...norm, overwrite: true }),
+      { clear: head.dx! },
+      ops.norm.backward(norm),
       ops.embedding.scatter({ rows, ids: batch.labelRows, x: head.dx!, out: plan.gradients!.dx }),
     );
     return commands;

@@ -4,7 +4,7 @@
  */
 import { type Gpu, openGpu } from "../gpu/device.ts";
 import { type Command, createRows, type Rows } from "../gpu/kernel.ts";
-import { run } from "../gpu/program.ts";
+import { compile, run } from "../gpu/program.ts";
 import { createTensor, destroyTensors, download, downloadBytes, type Tensor } from "../gpu/tensor.ts";
 import { createDropout } from "../ops/dropout.ts";
 import { type Adapter, readAdapter } from "./adapter.ts";
@@ -17,7 +17,7 @@ import { createOps, type Ops } from "./ops.ts";
 import type { ParameterGroup } from "./optimizer.ts";
 import { createPlan, headChunk, type Plan } from "./plan.ts";
 import { chooseTiles, type ChosenTile, type TileCache } from "./tiles.ts";
-import { loadWeights, type Weights } from "./weights.ts";
+import { planWeights, type Weights } from "./weights.ts";
 
 /** Packed documents: positions restart at 0 where one begins; `targets[i]` is the token that token i predicts, or −100. */
 export interface MicroBatch {
@@ -162,7 +162,7 @@ export class Llama {
     const gpu = options.gpu ?? await openGpu();
     const config = readConfig(model);
     const ops = await createOps(gpu, config);
-    const weights = await loadWeights(gpu, { dir: model, config, trainable: train === "full", resident });
+    const { weights, fill } = planWeights(gpu, { dir: model, config, trainable: train === "full", resident });
     const adapter = typeof options.adapter === "string" ? readAdapter(options.adapter, config) : options.adapter;
     const dropout = adapter?.lora.lora_dropout ?? 0;
     const lora = adapter && await createLora(gpu, { config, ...adapter });
@@ -179,8 +179,21 @@ export class Llama {
     const full = train === "full" ? createFullGradients(gpu, { config, weights, tokens }) : undefined;
     const parts = { config, ops, weights, lora, plan, full, dropout };
     const llama = new Llama(gpu, parts, { checkpointing, inputGradient });
+    llama.#compile();
+    await fill();
     if (options.tiles && ops.matmul.choices.length > 0) await llama.#chooseTiles(options.tiles, options.onTile);
     return llama;
+  }
+
+  /** Lets a CPU driver compile while the weights are read, for as many rows as there can be: without any it would do so again. */
+  #compile(): void {
+    const tokens = this.plan.batch.ids.shape[0]!;
+    this.#rows.set(tokens);
+    this.#head.setLabelled(tokens);
+    compile(
+      this.gpu,
+      this.#train.length > 0 ? this.#train : [...this.#embed, ...this.#forward, ...this.#head.evaluate],
+    );
   }
 
   /** Chooses tiles with as many rows as there can be. */

@@ -162,11 +162,13 @@ function pythonFloat(x: number): string {
   return Math.abs(x) < 1e-4 ? x.toExponential().replace(/e-(\d)$/, "e-0$1") : String(x);
 }
 
-/**
- * Reads the 4-bit weight of `module` (`model.layers.0.self_attn.q_proj`) and undoes the double quantization of its
- * scales. Throws an error that names the tensor when a part is missing, has a wrong size or is of another kind.
- */
-export function readQuantState(source: TensorSource, module: string): QuantState {
+/** What a 4-bit weight says of itself. */
+type QuantKind = Pick<QuantState, "shape" | "dtype" | "blocksize"> & {
+  readonly state: Readonly<Record<string, unknown>>;
+};
+
+/** Reads tensors of one 4-bit weight; all errors name it. */
+function partsOf(source: TensorSource, module: string) {
   const weight = `${module}.weight`;
   const refuse = (problem: string): never => {
     throw new RangeError(`Cannot read "${source.path}": the 4-bit weight "${weight}" ${problem}`);
@@ -176,9 +178,12 @@ export function readQuantState(source: TensorSource, module: string): QuantState
     if (info.dtype !== dtype) refuse(`has "${key}" as ${info.dtype}: it must be ${dtype}`);
     return source.read(weight + key);
   };
-  const floats = (key: string) => new Float32Array(part(key, "F32").buffer);
-  const same = (a: Float32Array, b: Float32Array) => a.length === b.length && a.every((value, i) => value === b[i]);
+  return { refuse, part, floats: (key: string) => new Float32Array(part(key, "F32").buffer) };
+}
 
+/** Reads of what kind the 4-bit weight of `module` is, without the weight. Throws an error that names it where it is another. */
+export function readQuantKind(source: TensorSource, module: string): QuantKind {
+  const { refuse, part } = partsOf(source, module);
   const text = new TextDecoder().decode(part(`${STATE}nf4`, "U8"));
   let state: Readonly<Record<string, unknown>>;
   try {
@@ -192,6 +197,17 @@ export function readQuantState(source: TensorSource, module: string): QuantState
     state.quant_type !== "nf4" || dtype === undefined || typeof blocksize !== "number" || !(blocksize >= 2) ||
     !Array.isArray(shape) || shape.length !== 2 || !shape.every((size) => Number.isInteger(size) && size > 0)
   ) return refuse(`has the state ${JSON.stringify(state)}, which is not a matrix in nf4`);
+  return { shape: [shape[0], shape[1]], dtype, blocksize, state };
+}
+
+/**
+ * Reads the 4-bit weight of `module` (`model.layers.0.self_attn.q_proj`) and undoes the double quantization of its
+ * scales. Throws an error that names the tensor when a part is missing, has a wrong size or is of another kind.
+ */
+export function readQuantState(source: TensorSource, module: string): QuantState {
+  const { refuse, part, floats } = partsOf(source, module);
+  const { shape, dtype, blocksize, state } = readQuantKind(source, module);
+  const same = (a: Float32Array, b: Float32Array) => a.length === b.length && a.every((value, i) => value === b[i]);
   if (!same(floats(".quant_map"), NF4_CODE)) refuse('has a "quant_map" that is not the table of nf4');
 
   const packed = part("", "U8");
@@ -215,7 +231,7 @@ export function readQuantState(source: TensorSource, module: string): QuantState
     absmax = undoubleQuantize({ codes, nestedAbsmax, offset: state.nested_offset as number });
   }
   if (absmax.length !== blocks) refuse(`has ${absmax.length} scales: ${count} weights want ${blocks}`);
-  return { packed, absmax, shape: [shape[0], shape[1]], dtype, blocksize };
+  return { packed, absmax, shape, dtype, blocksize };
 }
 
 /** The weight `[out · in]` that `state` stands for, rounded to the dtype that it had before, as bitsandbytes does. */

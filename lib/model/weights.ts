@@ -12,7 +12,7 @@ import { createTensor, type Storage, type Tensor, tensorBytes, upload } from "..
 import { createNf4 } from "../ops/nf4.ts";
 import { type LinearModule, linearShape, type ModelConfig, moduleName } from "./config.ts";
 import { paddedVocab } from "./ops.ts";
-import { isQuantized, readQuantState } from "./quantized.ts";
+import { isQuantized, readQuantKind, readQuantState } from "./quantized.ts";
 
 /** The four products of a layer, each of one to three projections that read the same input. */
 export const FUSED = {
@@ -75,25 +75,31 @@ export function fusedShape(config: ModelConfig, name: FusedName) {
   return { parts, n: parts.reduce((sum, part) => sum + part.columns, 0), k: linearShape(config, FUSED[name][0])[1] };
 }
 
-/** Reads the model folder `dir` (dense or 4-bit) onto the GPU, tensor by tensor. */
-export async function loadWeights(
+/** Base weights that are allocated; `fill` reads them from the files, tensor by tensor. */
+export interface PlannedWeights {
+  readonly weights: Weights;
+  fill(): Promise<void>;
+}
+
+/** Allocates the weights of the model folder `dir`, dense or 4-bit, so that what reads them can be recorded before they are read. */
+export function planWeights(
   gpu: Gpu,
   { dir, config, trainable = false, resident = false }: { dir: string; config: ModelConfig } & WeightOptions,
-): Promise<Weights> {
+): PlannedWeights {
   using source = openModel(dir);
-  const tensors: Tensor[] = [];
+  const tensors: Tensor[] = [], fills: ((files: TensorSource) => Promise<void> | void)[] = [];
   const make = (name: string, shape: readonly number[], dtype: Storage) => {
     const tensor = createTensor(gpu, { name, shape, dtype });
     tensors.push(tensor);
     return tensor;
   };
-  const vector = async (name: string) => {
-    const tensor = make(name, [config.hidden_size], "f32");
-    await upload(gpu, tensor, toFloat32(source.read(name), info(source, name).dtype));
+  const vector = (name: string) => {
+    const tensor = make(name, [config.hidden_size], "f32"), { dtype } = info(source, name);
+    fills.push((files) => upload(gpu, tensor, toFloat32(files.read(name), dtype)));
     return tensor;
   };
 
-  const sliced = async (name: string): Promise<VocabSlice[]> => {
+  const sliced = (name: string): VocabSlice[] => {
     const width = config.hidden_size, rows = paddedVocab(config), stored = info(source, name).dtype;
     const dtype = trainable ? "f32" : storage(name, stored);
     const limit = gpu.limits.maxStorageBufferBindingSize;
@@ -102,8 +108,10 @@ export async function loadWeights(
     for (let first = 0; first < rows; first += most) {
       const count = Math.min(most, rows - first), real = Math.min(count, config.vocab_size - first);
       const tensor = make(rows === most ? name : `${name}[${first}…]`, [count, width], dtype);
-      const bytes = source.readRange(name, first * width * size(stored), real * width * size(stored));
-      await upload(gpu, tensor, trainable ? toFloat32(bytes, stored) : bytes);
+      fills.push((files) => {
+        const bytes = files.readRange(name, first * width * size(stored), real * width * size(stored));
+        return upload(gpu, tensor, trainable ? toFloat32(bytes, stored) : bytes);
+      });
       slices.push({ first, tensor });
     }
     return slices;
@@ -113,65 +121,73 @@ export async function loadWeights(
   const scratch = new Map<string, Tensor>();
   const nf4 = createNf4(gpu, NF4_CODE as Float32Array<ArrayBuffer>);
 
-  const linear = async (layer: number, fused: FusedName): Promise<Linear> => {
+  const linear = (layer: number, fused: FusedName): Linear => {
     const { parts, n, k } = fusedShape(config, fused);
     const name = `layers.${layer}.${fused}`;
-    if (quantized && !trainable) return await packed(name, fused, layer);
+    if (quantized && !trainable) return packed(name, fused, layer);
     const dtypes = parts.map(({ module }) => info(source, `${moduleName(layer, module)}.weight`).dtype);
     const dtype = trainable ? "f32" : storage(name, dtypes[0]!);
     const weight = make(name, [n, k], dtype);
     let row = 0;
     for (const { module, columns } of parts) {
-      const tensor = `${moduleName(layer, module)}.weight`;
-      const bytes = source.read(tensor), stored = info(source, tensor).dtype;
-      const same = STORAGE[stored] === dtype;
-      const data = same ? bytes : convert(toFloat32(bytes, stored), dtype);
-      await upload(gpu, weight, data, row * k * (dtype === "f32" ? 4 : 2));
+      const tensor = `${moduleName(layer, module)}.weight`, offset = row * k * (dtype === "f32" ? 4 : 2);
+      fills.push((files) => {
+        const bytes = files.read(tensor), stored = info(files, tensor).dtype;
+        const same = STORAGE[stored] === dtype;
+        return upload(gpu, weight, same ? bytes : convert(toFloat32(bytes, stored), dtype), offset);
+      });
       row += columns;
     }
     return { n, k, parts, weight, decode: [] };
   };
 
-  const packed = async (name: string, fused: FusedName, layer: number): Promise<Linear> => {
+  const packed = (name: string, fused: FusedName, layer: number): Linear => {
     const { parts, n, k } = fusedShape(config, fused);
-    const states = parts.map(({ module }) => readQuantState(source, moduleName(layer, module)));
-    const { dtype: quantDtype, blocksize } = states[0]!;
+    const kinds = parts.map(({ module }) => readQuantKind(source, moduleName(layer, module)));
+    const { dtype: quantDtype, blocksize } = kinds[0]!;
     const dtype = ({ float32: "f32", float16: "f16", bfloat16: "bf16" } as const)[quantDtype];
-    if (states.some((s) => s.dtype !== quantDtype || s.blocksize !== blocksize)) {
+    if (kinds.some((kind) => kind.dtype !== quantDtype || kind.blocksize !== blocksize)) {
       throw new Error(`Cannot fuse "${name}": its 4-bit projections differ in type or block size`);
     }
     const codes = make(`${name}.codes`, [n, k / 2], "u8");
     const absmax = make(`${name}.absmax`, [n * k / blocksize], "f32");
     let element = 0;
-    for (const [i, state] of states.entries()) {
-      await upload(gpu, codes, state.packed, element / 2);
-      await upload(gpu, absmax, state.absmax, element / blocksize * 4);
-      element += parts[i]!.columns * k;
+    for (const { module, columns } of parts) {
+      const first = element;
+      fills.push(async (files) => {
+        const state = readQuantState(files, moduleName(layer, module));
+        await upload(gpu, codes, state.packed, first / 2);
+        await upload(gpu, absmax, state.absmax, first / blocksize * 4);
+      });
+      element += columns * k;
     }
     const shared = resident ? undefined : scratch.get(fused);
     const weight = shared ?? make(resident ? name : `scratch.${fused}`, [n, k], dtype);
     if (!resident) scratch.set(fused, weight);
     const decode = [nf4.dequantize({ codes, absmax, out: weight, count: n * k, blocksize })];
-    if (resident) run(gpu, decode);
+    if (resident) fills.push(() => run(gpu, decode));
     return { n, k, parts, weight, decode: resident ? [] : decode };
   };
 
-  const embed = await sliced("model.embed_tokens.weight");
-  const head = config.tie_word_embeddings ? embed : await sliced("lm_head.weight");
-  const layers: LayerWeights[] = [];
-  for (let l = 0; l < config.num_hidden_layers; l++) {
-    layers.push({
-      inputNorm: await vector(`model.layers.${l}.input_layernorm.weight`),
-      postAttentionNorm: await vector(`model.layers.${l}.post_attention_layernorm.weight`),
-      qkv: await linear(l, "qkv"),
-      o: await linear(l, "o"),
-      gateUp: await linear(l, "gateUp"),
-      down: await linear(l, "down"),
-    });
-  }
-  const norm = await vector("model.norm.weight");
+  const embed = sliced("model.embed_tokens.weight");
+  const head = config.tie_word_embeddings ? embed : sliced("lm_head.weight");
+  const layers = Array.from({ length: config.num_hidden_layers }, (_, l): LayerWeights => ({
+    inputNorm: vector(`model.layers.${l}.input_layernorm.weight`),
+    postAttentionNorm: vector(`model.layers.${l}.post_attention_layernorm.weight`),
+    qkv: linear(l, "qkv"),
+    o: linear(l, "o"),
+    gateUp: linear(l, "gateUp"),
+    down: linear(l, "down"),
+  }));
+  const norm = vector("model.norm.weight");
   const bytes = tensors.reduce((sum, t) => sum + (scratch.get(t.name.replace("scratch.", "")) === t ? 0 : t.bytes), 0);
-  return { embed, head, norm, layers, tensors, bytes };
+  return {
+    weights: { embed, head, norm, layers, tensors, bytes },
+    async fill() {
+      using files = openModel(dir);
+      for (const fill of fills) await fill(files);
+    },
+  };
 }
 
 function info(source: TensorSource, name: string) {

@@ -197,7 +197,8 @@ export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
       constants: {
         ...constants,
         W_TYPE: W_TYPE[p.w.tensor.dtype]!,
-        ...(gpu.lanes === "subgroup" ? { PLUS: plus, LORA: lora ? 1 : 0 } : {}),
+        // Base weights of 16 bits mostly have an adapter: then the head needs no kernel of its own, a second of compiling.
+        ...(gpu.lanes === "subgroup" ? { PLUS: plus, LORA: lora || p.w.tensor.dtype !== "f32" ? 1 : 0 } : {}),
       },
       bind: {
         rows: p.rows.buffer,

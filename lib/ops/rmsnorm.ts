@@ -21,12 +21,10 @@ export function createRmsnorm(gpu: Gpu, { dim, eps }: { dim: number; eps: number
         bind: { rows: t.rows.buffer, x: t.x, weight: t.weight, out: t.out, rstd: t.rstd },
         grid: () => fold(groupsOf(gpu, t.rows.count)),
       }),
-    /** Adds the gradient of `x` to `dx`, or writes it there with `overwrite`. */
-    backward: (
-      t: { rows: Rows; x: Tensor; weight: Tensor; rstd: Tensor; dout: Tensor; dx: Tensor; overwrite?: boolean },
-    ): Dispatch =>
+    /** Adds the gradient of `x` to `dx`. */
+    backward: (t: { rows: Rows; x: Tensor; weight: Tensor; rstd: Tensor; dout: Tensor; dx: Tensor }): Dispatch =>
       kernel.record("backward", {
-        constants: { ...constants, ADD: t.overwrite ? 0 : 1 },
+        constants,
         bind: { rows: t.rows.buffer, x: t.x, weight: t.weight, rstd: t.rstd, dout: t.dout, dx: t.dx },
         grid: () => fold(groupsOf(gpu, t.rows.count)),
       }),

@@ -1,6 +1,8 @@
 /** Kernels: what recording checks, what a shader that does not compile says, and how long grids are folded. */
 import { assertEquals, assertMatch, assertThrows } from "@std/assert";
 import { fold, Kernel } from "../../lib/gpu/kernel.ts";
+import { compile, run } from "../../lib/gpu/program.ts";
+import { download, upload } from "../../lib/gpu/tensor.ts";
 import { type Bench, gpuTest } from "../on_gpu.ts";
 import { inChild } from "./child.ts";
 
@@ -60,6 +62,59 @@ gpuTest("Kernel.record() leaves out a dispatch whose grid is null or empty when 
   assertEquals([...(await bench.compute([command], [out]))[0]!], [0, 0, 0, 0, 0]);
   grid = [1, 1, 1];
   assertEquals([...(await bench.compute([command], [out]))[0]!], [10.5, 20.5, 30.5, 40.5, 0]);
+}, { models: false });
+
+const LOOPS = `
+override LANES: u32;
+@group(0) @binding(0) var<storage, read_write> out: array<vec4u>;
+
+@compute @workgroup_size(LANES)
+fn rounds(@builtin(local_invocation_index) lane: u32) {
+  var found = vec4u();
+  for (var i = 0u; i < lane; i++) {
+    found.x += 1u;
+    for (var j = i; j < 3u; j += 2u) {
+      found.y += 1u;
+    }
+    if (i == 4u) {
+      break;
+    }
+  }
+  for (var i = lane; i > 0u; i >>= 1u) {
+    found.z += i;
+  }
+  out[lane] = found;
+}
+`;
+
+gpuTest(
+  "a loop goes as often as its test says, also never, and in each lane by itself",
+  async ({ gpu, output, compute }) => {
+    const lanes = 8, out = output("out", { shape: [lanes, 4], dtype: "u32" });
+    const command = new Kernel(gpu, "loops", LOOPS).record("rounds", {
+      constants: { LANES: lanes },
+      bind: { out },
+      grid: [1, 1, 1],
+    });
+    const [found] = await compute([command], [out]);
+    const expected = Array.from({ length: lanes }, (_, lane) => {
+      const once = Array.from({ length: Math.min(lane, 5) }, (_, i) => Math.max(0, Math.ceil((3 - i) / 2)));
+      let z = 0;
+      for (let i = lane; i > 0; i >>= 1) z += i;
+      return [once.length, once.reduce((sum, n) => sum + n, 0), z, 0];
+    });
+    assertEquals([...new Uint32Array(found!.buffer)], expected.flat());
+  },
+);
+
+gpuTest("compile() lets a driver compile and runs nothing", async (bench) => {
+  const { kernel, out, recording } = await prepare(bench);
+  await upload(bench.gpu, out, out.start);
+  const command = kernel.record("scale", recording);
+  compile(bench.gpu, [{ clear: out }, command, command]);
+  assertEquals(await download(bench.gpu, { ...out, bytes: 20 }), new Float32Array(5));
+  run(bench.gpu, [command]);
+  assertEquals(await download(bench.gpu, { ...out, bytes: 20 }), Float32Array.of(10.5, 20.5, 30.5, 40.5, 50.5));
 }, { models: false });
 
 gpuTest("Kernel.record() refuses names that the file does not have", async (bench) => {

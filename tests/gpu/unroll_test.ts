@@ -1,6 +1,6 @@
-/** unroll(): which loops it replaces, what it writes as literals, and what it leaves alone. */
+/** unroll(): which loops it replaces, what it writes as literals, and what it leaves alone; testAtEnd(): what becomes of the others. */
 import { assertEquals, assertThrows } from "@std/assert";
-import { unroll } from "../../lib/gpu/unroll.ts";
+import { testAtEnd, unroll } from "../../lib/gpu/unroll.ts";
 
 const lines = (...text: string[]) => text.join("\n");
 /** Without indentation and line breaks, which do not matter. */
@@ -120,5 +120,18 @@ Deno.test("unroll() refuses bounds that it does not know and loops that do not e
   refused(loop("i < (N + 1u; i++"), '"the end" in "(N + 1u" is not a known constant');
   refused(loop("i < toString; i++"), '"toString"');
   refused(loop("i < N; i += N - 8u"), 'Cannot unroll a loop: its step "N - 8u" is 0');
-  refused(loop("i < N; i++", "if (x) {"), "Cannot unroll a loop: its closing brace is missing");
+  refused(loop("i < N; i++", "if (x) {"), "Cannot read a loop: its closing brace is missing");
+});
+
+Deno.test("testAtEnd() moves the test of every loop behind its body, loops within loops too", () => {
+  const source = "a(); for (var i = lane; i < n; i += LANES) { b(); for (var j = 0u; j < 2u; j++) { c(); } } d();";
+  const inner = "{ var j = 0u; if (j < 2u) { loop { c(); j++; if (!(j < 2u)) { break; } } } }";
+  const outer = `{ var i = lane; if (i < n) { loop { b(); ${inner} i += LANES; if (!(i < n)) { break; } } } }`;
+  assertEquals(words(testAtEnd(source)), `a(); ${outer} d();`);
+  assertEquals(testAtEnd("loop { if (x) { break; } }"), "loop { if (x) { break; } }");
+});
+
+Deno.test("testAtEnd() refuses a loop that continues: it would skip the step", () => {
+  const source = "for (var i = 0u; i < n; i++) { if (x) { continue; } }";
+  assertThrows(() => testAtEnd(source), SyntaxError, 'Cannot move the test of a loop over "i = 0u": it continues');
 });

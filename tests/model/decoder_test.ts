@@ -10,7 +10,7 @@ import { Decoder } from "../../lib/model/decoder.ts";
 import { Llama } from "../../lib/model/llama.ts";
 import { createLora } from "../../lib/model/lora.ts";
 import { createOps } from "../../lib/model/ops.ts";
-import { loadWeights } from "../../lib/model/weights.ts";
+import { planWeights } from "../../lib/model/weights.ts";
 import { assertClose, goldenPath } from "../check.ts";
 import { gpuTest } from "../on_gpu.ts";
 
@@ -27,7 +27,8 @@ for (const [config, adapter] of [["tiny", false], ["tiny", true], ["odd", true]]
     const dir = goldenPath(`${config}/model_hf`), settings = readConfig(dir);
     const read = adapter ? readAdapter(goldenPath(`${config}/generate_adapter`), settings) : undefined;
     const lora = read && await createLora(gpu, { config: settings, ...read });
-    const ops = await createOps(gpu, settings), weights = await loadWeights(gpu, { dir, config: settings });
+    const ops = await createOps(gpu, settings), { weights, fill } = planWeights(gpu, { dir, config: settings });
+    await fill();
     const decoder = new Decoder({ gpu, config: settings, ops, weights, lora }, { batch: 5, context: 64 });
     const llama = await Llama.open({ model: dir, adapter: read, tokens: 64 });
     const texts = documents(5, settings.vocab_size);
