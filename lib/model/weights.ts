@@ -55,8 +55,6 @@ export interface Weights {
   readonly layers: readonly LayerWeights[];
   /** Everything allocated, for the memory table and for `destroy`. */
   readonly tensors: readonly Tensor[];
-  /** Bytes as stored (packed 4-bit codes included), without scratch. */
-  readonly bytes: number;
 }
 
 /** How to hold the weights. */
@@ -170,8 +168,7 @@ export async function loadWeights(
     });
   }
   const norm = await vector("model.norm.weight");
-  const bytes = tensors.reduce((sum, t) => sum + (scratch.get(t.name.replace("scratch.", "")) === t ? 0 : t.bytes), 0);
-  return { embed, head, norm, layers, tensors, bytes };
+  return { embed, head, norm, layers, tensors };
 }
 
 function info(source: TensorSource, name: string) {
