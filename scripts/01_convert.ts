@@ -10,23 +10,17 @@
  * writes  artifacts/01_convert/model.safetensors  config.json  generation_config.json  tokenizer files  manifest.json
  */
 import { createHash } from "node:crypto";
+import { STORED } from "../lib/data/dtype.ts";
 import { openModel, writeSafetensors } from "../lib/data/safetensors.ts";
-import { loadTokenizer } from "../lib/data/tokenizer.ts";
+import { loadTokenizer, tokenizerFiles } from "../lib/data/tokenizer.ts";
 import { describeAdapter } from "../lib/gpu/device.ts";
 import { fetchRepo } from "../lib/hub/download.ts";
 import { checkConfig, configJson, generationConfigJson, type ModelConfig } from "../lib/model/config.ts";
 import { logitsRange } from "../lib/model/llama.ts";
-import {
-  checkpointInputs,
-  convertTensor,
-  type Mapping,
-  openCheckpoint,
-  planConversion,
-  tokenizerFiles,
-} from "../lib/model/medslm.ts";
+import { checkpointInputs, convertTensor, type Mapping, openCheckpoint, planConversion } from "../lib/model/medslm.ts";
 import { byRecipe, choice, flags, unset } from "../lib/run/flags.ts";
 import { beginStage } from "../lib/run/manifest.ts";
-import { bytes, count, type Progress, progress, table } from "../lib/run/print.ts";
+import { bytes, count, fileBars, progress, table } from "../lib/run/print.ts";
 
 const opt = flags(import.meta, {
   source: byRecipe({ tiny: "fixtures/tiny", blog: "hf:Saminx22/MedSLM" }), // folder, file or hf:owner/name[@revision]
@@ -36,7 +30,6 @@ const opt = flags(import.meta, {
   set: [] as string[], // settings that the checkpoint's config.json lacks: rope_theta=10000,n_heads=16
 });
 const stage = await beginStage("01_convert", opt, { reads: checkpointInputs(opt.source) });
-const DTYPES = { float32: "F32", float16: "F16", bfloat16: "BF16" } as const;
 
 // 1. The checkpoint: what it holds, and what each tensor becomes.
 let commit: string | null = null; // of a source on the hub
@@ -60,8 +53,9 @@ notes.push(skipped.length > 0 ? `skipped buffers: ${skipped.join(", ")}` : "no t
 // 2. The tokenizer, and the token ids that belong in config.json.
 const copied = tokenizerFiles(folder).map((file) => file.split("/").at(-1)!);
 const tokenizerFolder = tokenizerFiles(folder)[0]?.replace(/\/[^/]*$/, "");
-for (const name of copied) await Deno.copyFile(`${tokenizerFolder}/${name}`, `${stage.out}/${name}`);
 const config = withTokens(conversion.config);
+stage.clear();
+for (const name of copied) await Deno.copyFile(`${tokenizerFolder}/${name}`, `${stage.out}/${name}`);
 
 // 3. The weights, streamed, then the two configuration files.
 const digests = new Map<string, string>();
@@ -70,10 +64,10 @@ await writeSafetensors(
   `${stage.out}/model.safetensors`,
   mappings.map((mapping) => ({
     name: mapping.name,
-    dtype: DTYPES[opt.dtype],
+    dtype: STORED[opt.dtype],
     shape: mapping.shape,
     data: () => {
-      const data = convertTensor(source, mapping, DTYPES[opt.dtype]);
+      const data = convertTensor(source, mapping, STORED[opt.dtype]);
       digests.set(mapping.name, sha256(data));
       bar.tick(digests.size);
       return data;
@@ -115,14 +109,12 @@ await stage.done({
 
 /** Fetches safetensors, or PyTorch files where a repository has no other, with settings and tokenizer. */
 async function fetchCheckpoint(spec: string): Promise<string> {
-  const bars = new Map<string, Progress>();
-  const onProgress = ({ path, done, total }: { path: string; done: number; total: number }) => {
-    if (!bars.has(path)) bars.set(path, progress(path, total));
-    bars.get(path)!.tick(done);
-    if (done === total) bars.get(path)!.end();
-  };
   const others = ["*.json", "*.jinja", "*merges.txt", "tokenizer/*"];
-  const hub = { onProgress, onRetry: console.error, ...(opt.hubUrl === unset ? {} : { hubUrl: opt.hubUrl }) };
+  const hub = {
+    onProgress: fileBars(),
+    onRetry: console.error,
+    ...(opt.hubUrl === unset ? {} : { hubUrl: opt.hubUrl }),
+  };
   const { dir, files, commit: found } = await fetchRepo(spec, { ...hub, files: ["*.safetensors", ...others] });
   commit = found;
   if (files.some(({ path }) => path.endsWith(".safetensors"))) return dir;
@@ -139,7 +131,7 @@ function withTokens(base: ModelConfig): ModelConfig {
     notes.push(`the checkpoint has ${state}; token ids are those of its settings: eos ${base.eos_token_id}`);
     return base;
   }
-  const tokenizer = loadTokenizer(stage.out);
+  const tokenizer = loadTokenizer(tokenizerFolder!);
   const eos = tokenizer.eosId;
   if (tokenizer.vocabSize > base.vocab_size) {
     throw new RangeError(
@@ -152,7 +144,7 @@ function withTokens(base: ModelConfig): ModelConfig {
     );
   }
   const tokens = { eos_token_id: eos, bos_token_id: base.bos_token_id ?? eos, pad_token_id: base.pad_token_id ?? eos };
-  return checkConfig({ ...base, ...tokens }, `${stage.out}/config.json`);
+  return checkConfig({ ...base, ...tokens }, source.path);
 }
 
 /** One row per kind of tensor: the layers of a kind share it. */

@@ -12,6 +12,7 @@
 import { toFloat32 } from "../lib/data/dtype.ts";
 import { NF4_NORMAL_ERROR } from "../lib/data/nf4.ts";
 import { openModel } from "../lib/data/safetensors.ts";
+import { tokenizerFiles } from "../lib/data/tokenizer.ts";
 import { describeAdapter } from "../lib/gpu/device.ts";
 import { generationConfigJson, readConfig } from "../lib/model/config.ts";
 import {
@@ -38,6 +39,7 @@ const config = readConfig(opt.model);
 using source = openModel(opt.model);
 if (isQuantized(source)) throw new Error(`Cannot load "${opt.model}": it is in 4 bit already: name the 16-bit model`);
 const before = countElements(source, config);
+stage.clear();
 
 // 2. The weights: quantized, or the same file under another name.
 if (opt.mode === "qlora") {
@@ -51,11 +53,7 @@ if (opt.mode === "qlora") {
 
 // 3. What belongs to a model besides its weights, and what stage 05 must know.
 await writeAtomic(`${opt.out}/generation_config.json`, generationConfigJson(config));
-for (const { name } of Deno.readDirSync(opt.model)) {
-  if (/^(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template)/.test(name)) {
-    await Deno.copyFile(`${opt.model}/${name}`, `${opt.out}/${name}`);
-  }
-}
+for (const path of tokenizerFiles(opt.model)) await Deno.copyFile(path, `${opt.out}/${path.split("/").at(-1)}`);
 await writeJson(`${opt.out}/load.json`, { mode: opt.mode, base: opt.model });
 
 // 4. The blog's table.

@@ -14,19 +14,21 @@ import {
   documentParts,
   encodeRecord,
   type Example,
+  type PackedRows,
   statistics,
   unlearntRows,
   writeRows,
 } from "../lib/data/dataset.ts";
+import { exists } from "../lib/data/files.ts";
 import { packings, packRows, type Slice } from "../lib/data/packing.ts";
 import { readSplits, type SftRecord, type Split, splits } from "../lib/data/records.ts";
 import { BLOG_SYSTEM, BLOG_TEMPLATE, chatTemplate } from "../lib/data/template.ts";
-import { loadTokenizer } from "../lib/data/tokenizer.ts";
+import { loadTokenizer, tokenizerFiles } from "../lib/data/tokenizer.ts";
 import { fetchRepo } from "../lib/hub/download.ts";
 import { readConfig } from "../lib/model/config.ts";
 import { byRecipe, checkNumbers, choice, flags, unset } from "../lib/run/flags.ts";
 import { beginStage, sha256File, writeJson } from "../lib/run/manifest.ts";
-import { count, dim, percent, progress, table } from "../lib/run/print.ts";
+import { count, dim, fileBars, percent, progress, table } from "../lib/run/print.ts";
 
 const opt = flags(import.meta, {
   // The blog does not name its dataset: this is the name that goes with its model's, so check it before you rely on it.
@@ -45,29 +47,30 @@ const opt = flags(import.meta, {
   hubUrl: unset, // another hub than huggingface.co, for hf: sources
 }, { renamed: { maxLength: "maxSeqLength", packingStrategy: "packing" } });
 checkNumbers(opt, { whole: { maxSeqLength: 2, limit: 0 } });
-const tokenizerFiles = ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "config.json"]
-  .map((name) => `${opt.tokenizer}/${name}`).filter(exists);
 const templateFile = [unset, "tokenizer"].includes(opt.template) ? "" : opt.template;
+const needed = `${opt.tokenizer}/tokenizer.json`, modelFile = `${opt.tokenizer}/config.json`;
+const others = [...tokenizerFiles(opt.tokenizer), modelFile].filter((path) => path !== needed && exists(path));
 const stage = await beginStage("03_dataset", opt, {
-  reads: [opt.source, opt.validation, opt.test, templateFile, `${opt.tokenizer}/tokenizer.json`, ...tokenizerFiles],
+  reads: [opt.source, opt.validation, opt.test, templateFile, needed, ...others],
 });
 
-// 1. The tokenizer and the template. What 06 and ask need to make the same prompts goes to template.json.
+// 1. The tokenizer and the template.
 const tokenizer = loadTokenizer(opt.tokenizer, { escapes: !opt.parseSpecial });
-if (tokenizerFiles.includes(`${opt.tokenizer}/config.json`)) checkModel();
+if (exists(modelFile)) checkModel();
 const template = chatTemplate({
   template: readTemplateText(),
   system: opt.system,
   eos_token: tokenizer.eosToken,
   bos_token: tokenizer.bosToken ?? "",
 });
-await writeJson(`${opt.out}/template.json`, { ...template.source, eos_token_id: tokenizer.eosId });
 
 // 2. The records of the three splits; what the source lacks is taken out of train.
 const hub = opt.source.startsWith("hf:")
   ? await fetchRepo(opt.source, {
     type: "dataset",
     files: ["**.jsonl", "**.json", "**.parquet"],
+    onProgress: fileBars(),
+    onRetry: console.error,
     ...(opt.hubUrl === unset ? {} : { hubUrl: opt.hubUrl }),
   })
   : undefined;
@@ -82,7 +85,7 @@ const inTrain = new Set(records.train.map((record) => JSON.stringify(record)));
 // 3. Tokens and labels, then rows.
 const numbers: Partial<Record<Split, Record<string, number>>> = {};
 const { packing, maxSeqLength: maxLength } = opt;
-let shown = "";
+const packed = new Map<Split, PackedRows>();
 for (const split of splits) {
   const examples = encodeAll(split);
   let slices = packRows(examples.map(({ ids }) => ids.length), { packing, maxLength });
@@ -92,17 +95,21 @@ for (const split of splits) {
     slices = withoutRows(split, slices, unlearnt);
     rows = assembleRows(examples, slices, { packing, metadata: rows.metadata });
   }
-  await writeRows(`${opt.out}/${split}.safetensors`, rows);
+  packed.set(split, rows);
   numbers[split] = {
     ...statistics(examples, rows, { packing, maxLength, eosId: tokenizer.eosId }),
     rows_dropped: unlearnt.size,
     examples_also_in_train: split === "train" ? 0 : records[split].filter((r) => inTrain.has(JSON.stringify(r))).length,
   };
-  if (split === "train") shown = documentParts(rows, tokenizer).map(mark).join("");
 }
+
+// 4. The files. What 06 and ask need to make the same prompts is in template.json.
+stage.clear();
+for (const [split, rows] of packed) await writeRows(`${opt.out}/${split}.safetensors`, rows);
+await writeJson(`${opt.out}/template.json`, { ...template.source, eos_token_id: tokenizer.eosId });
 await writeJson(`${opt.out}/statistics.json`, numbers);
 
-// 4. What came out, and one example as the model will read it.
+// 5. What came out, and one example as the model will read it.
 const show = (key: string, value: number) => /share|efficiency/.test(key) ? percent(value) : count(value);
 console.log(table([
   ["", ...splits],
@@ -111,6 +118,7 @@ console.log(table([
     ...splits.map((split) => show(key, numbers[split]![key]!)),
   ]),
 ], { header: true, align: "lrrr" }));
+const shown = documentParts(packed.get("train")!, tokenizer).map(mark).join("");
 const faint = Deno.stdout.isTerminal() ? "faint" : "outside the guillemets";
 console.log(`\nThe first document of the first row; what is ${faint} is read but not learnt:\n${shown}`);
 await stage.done({ numbers: { ...numbers, ...(hub === undefined ? {} : { source_commit: hub.commit }) } });
@@ -165,7 +173,7 @@ function metadata(split: Split): Record<string, string> {
 function withoutRows(split: Split, slices: readonly Slice[][], unlearnt: ReadonlySet<number>): Slice[][] {
   const rest = slices.filter((_, r) => !unlearnt.has(r));
   if (opt.dropUnlearnt && (split !== "train" || rest.length > 0)) return rest;
-  const first = Math.min(...unlearnt);
+  const first = slices.findIndex((_, r) => unlearnt.has(r));
   const documents = slices[first]!.map(({ document }) => document).join(", ");
   throw new Error(
     `Cannot learn from row ${first} of ${split} (record ${documents}) and ${unlearnt.size - 1} more: all labels are ` +
@@ -176,13 +184,4 @@ function withoutRows(split: Split, slices: readonly Slice[][], unlearnt: Readonl
 function mark({ learnt, text }: { readonly learnt: boolean; readonly text: string }): string {
   if (Deno.stdout.isTerminal()) return learnt ? text : dim(text);
   return learnt ? `«${text}»` : text;
-}
-
-function exists(path: string): boolean {
-  try {
-    return Deno.statSync(path).isFile;
-  } catch (error) {
-    if (error instanceof Deno.errors.NotFound) return false;
-    throw error;
-  }
 }

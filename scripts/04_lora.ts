@@ -59,6 +59,7 @@ const lora: LoraConfig = {
 
 // 2. A is random, B is zero.
 const tensors = initAdapter(config, lora, opt.seed);
+stage.clear();
 await saveAdapter(opt.out, lora, tensors, opt.dtype);
 
 // 3. How much there is to train.

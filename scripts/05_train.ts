@@ -10,13 +10,13 @@
  * reads   artifacts/02_load  artifacts/03_dataset  artifacts/04_lora
  * writes  artifacts/05_train/adapter (or model)  checkpoints/  log.jsonl  trainer_state.json  report.html  manifest.json
  */
-import { checkRows, evaluationBatches, mostTokens, trainingBatches, type UpdateBatches } from "../lib/data/batches.ts";
-import { type PackedRows, readRows } from "../lib/data/dataset.ts";
+import { evaluationBatches, mostTokens, readSplit, trainingBatches, type UpdateBatches } from "../lib/data/batches.ts";
+import { copyFolder, removeIfThere } from "../lib/data/files.ts";
 import { byLabel, chromeTrace } from "../lib/gpu/trace.ts";
 import { readAdapter } from "../lib/model/adapter.ts";
 import { listCheckpoints, loadCheckpoint, pruneCheckpoints, saveCheckpoint } from "../lib/model/checkpoint.ts";
 import { readConfig, readJsonObject } from "../lib/model/config.ts";
-import { copyFolder, saveTrained } from "../lib/model/save.ts";
+import { saveTrained } from "../lib/model/save.ts";
 import { learningRate, plannedSteps, warmupSteps } from "../lib/model/schedule.ts";
 import { tileRows } from "../lib/model/tiles.ts";
 import { Trainer } from "../lib/model/trainer.ts";
@@ -69,6 +69,7 @@ checkNumbers(opt, {
 });
 checkNumbers(opt, {
   real: { learningRate: 0, warmupRatio: 0, weightDecay: 0, beta1: 0, beta2: 0, eps: 0, maxGradNorm: 0 },
+  below: { beta1: 1, beta2: 1 },
 });
 
 // 1. What is trained on what.
@@ -77,16 +78,21 @@ const { mode } = readJsonObject(`${opt.model}/load.json`) as { mode: "qlora" | "
 const reads = [opt.model, opt.dataset, ...(mode === "full" ? [] : [opt.adapter])];
 const finished = readManifest(opt.out) !== undefined; // its checkpoints are of a run that is over
 const { resume, loggingSteps, profile, ...recorded } = opt; // these change nothing of what is learnt
-const stage = await beginStage("05_train", recorded, { reads, reuse: true });
+const stage = await beginStage("05_train", recorded, { reads });
 const config = readConfig(opt.model);
-const [train, validation] = readDataset() as [PackedRows, PackedRows];
+const reader = {
+  ...{ model: opt.model, dataset: opt.dataset },
+  tokenizer: stage.reads.find(({ path }) => path === `${opt.model}/tokenizer.json`)?.sha256,
+  ...{ vocabulary: config.vocab_size, positions: config.max_position_embeddings },
+};
+const train = readSplit("train", reader), validation = readSplit("validation", reader);
 const rows = train.rowOffsets.length - 1;
 const accumulation = opt.gradientAccumulation;
 const { batchesPerEpoch, stepsPerEpoch, totalSteps } = plannedSteps({ rows, ...opt, accumulation });
 const warmup = warmupSteps(opt.warmupRatio, totalSteps);
 const updateBatches = trainingBatches(train, { ...opt, accumulation });
 const evaluation = evaluationBatches(validation, opt.evalBatchSize > 0 ? opt.evalBatchSize : opt.batchSize);
-const tokens = Math.max(mostTokens(train, opt.batchSize), ...evaluation.batches.map(({ inputIds }) => inputIds.length));
+const tokens = Math.max(mostTokens(train, opt.batchSize), evaluation.tokens);
 
 // 2. The model on the GPU, its memory as a table.
 const began = performance.now();
@@ -119,15 +125,16 @@ const settings = JSON.stringify({
   flags: Object.fromEntries(Object.entries(recorded).filter(([key]) => !free.includes(key))),
   files: Object.fromEntries(stage.reads.map(({ path, sha256 }) => [path, sha256])),
 });
-if (opt.force || !resume || finished) await Deno.remove(checkpoints, { recursive: true }).catch(() => {});
-const last = listCheckpoints(checkpoints).at(-1);
+const last = opt.force || !resume || finished ? undefined : listCheckpoints(checkpoints).at(-1);
 let { step, logBytes, best } = last
   ? await loadCheckpoint(last.path, { trainer, settings })
   : { step: 0, logBytes: 0, best: null };
+stage.clear({ keep: last !== undefined });
 const log = await openRunLog(`${opt.out}/log.jsonl`, logBytes);
 console.log(step > 0 ? `\nGoing on after update ${step} (${last!.path}).\n` : "");
 
-// 4. The loop. Before it, the model as it came: its loss on the rows of the first update, and on the validation rows.
+// 4. The loop. Before it, the model as it came: its loss on the validation rows, and on those of the first update, which
+// must see the same. Dropout, once B is not zero, makes that another model.
 const unread = new Map<number, UpdateBatches & { rate: number }>();
 const speed = { tokens: 0, ms: 0 };
 let shown = 0, readAt = performance.now();
@@ -135,7 +142,7 @@ let firstLoss: number | undefined;
 if (step === 0) {
   const { batches, rows } = updateBatches(1);
   const { nllSum, tokens } = await trainer.evaluate(batches, rows.map((r) => r.length));
-  firstLoss = nllSum / tokens;
+  if ((adapter?.lora.lora_dropout ?? 0) === 0) firstLoss = nllSum / tokens;
   await evaluate();
 }
 while (step < totalSteps) {
@@ -154,8 +161,8 @@ while (step < totalSteps) {
 
 // 5. The result: the best parameters of the run, or the last.
 const target = `${opt.out}/${mode === "full" ? "model" : "adapter"}`;
-await Deno.remove(target, { recursive: true }).catch(() => {});
-if (opt.loadBest && best && best.step > 0) await copyFolder(`${checkpoints}/best`, target);
+await removeIfThere(target);
+if (opt.loadBest) await copyFolder(`${checkpoints}/best`, target);
 else await saveTrained(trainer.llama, { dir: target, model: opt.model, lora: adapter?.lora });
 await log.writeReport(opt.out, {
   title: "Training",
@@ -165,7 +172,7 @@ await log.writeReport(opt.out, {
     best_global_step: best?.step ?? null,
     global_step: totalSteps,
     max_steps: totalSteps,
-    epoch: totalSteps / stepsPerEpoch,
+    epoch: updateBatches(totalSteps).epoch,
     num_train_epochs: Math.ceil(totalSteps / stepsPerEpoch),
     eval_steps: opt.evalSteps,
     save_steps: opt.saveSteps,
@@ -174,14 +181,12 @@ await log.writeReport(opt.out, {
   },
 });
 
-// 6. The proof: the first update saw the model as it came, and the log shows what became of it.
+// 6. The proof: the log shows what became of the model.
 const { train: losses, eval: evalLosses } = log.losses();
-if (firstLoss !== undefined && Math.abs(losses[0]! - firstLoss) > 1e-5 * firstLoss) {
-  throw new Error(`Cannot accept this run: update 1 has loss ${losses[0]}, without learning it is ${firstLoss}`);
-}
 const tokensPerSecond = speed.ms > 0 ? 1000 * speed.tokens / speed.ms : 0;
 const change = (values: readonly number[]) => `${values[0]!.toFixed(4)} to ${values.at(-1)!.toFixed(4)}`;
 console.log(`\nLoss ${change(losses)}, validation ${change(evalLosses)}, the best after update ${best!.step}.`);
+if (best!.evalLoss >= evalLosses[0]!) console.log("Validation was no better after any update than before training.");
 const speedShown = tokensPerSecond > 0 ? `${count(tokensPerSecond)} tokens/s, ` : "";
 console.log(`${speedShown}${duration(performance.now() - began)} in all: see ${opt.out}/report.html`);
 await stage.done({
@@ -205,21 +210,6 @@ await stage.done({
   },
 });
 
-/** The rows of both splits, checked against the model: a mistake shows now and not after an hour. */
-function readDataset(): PackedRows[] {
-  const tokenizer = stage.reads.find(({ path }) => path === `${opt.model}/tokenizer.json`)?.sha256;
-  return ["train", "validation"].map((split) => {
-    const path = `${opt.dataset}/${split}.safetensors`;
-    const rows = readRows(path), made = rows.metadata.tokenizer_sha256;
-    if (tokenizer !== undefined && made !== undefined && made !== tokenizer) {
-      const state = `its tokens are not of the tokenizer in "${opt.model}"`;
-      throw new Error(`Cannot use "${path}": ${state}: run "deno task 03" with the --tokenizer of this model`);
-    }
-    checkRows(rows, { path, vocabulary: config.vocab_size, positions: config.max_position_embeddings });
-    return rows;
-  });
-}
-
 /** An update with the times of its dispatches: all of them in trace.json, their sums by label on the screen. */
 async function profileUpdate(batches: UpdateBatches["batches"], rate: number): Promise<void> {
   if (unread.size > 0) await readLosses();
@@ -242,6 +232,9 @@ async function readLosses(): Promise<void> {
     if (!Number.isFinite(loss) || !Number.isFinite(gradNorm)) {
       const state = `the loss of update ${number} is ${loss} and its gradient norm ${gradNorm}`;
       throw new Error(`Cannot go on: ${state}: lower --learning-rate, or look at its rows, ${rows.flat().join(", ")}`);
+    }
+    if (number === 1 && firstLoss !== undefined && !(Math.abs(loss - firstLoss) <= 1e-5 * firstLoss)) {
+      throw new Error(`Cannot accept this run: update 1 has loss ${loss}, without learning it is ${firstLoss}`);
     }
     log.append({ step: number, epoch, loss, grad_norm: gradNorm, learning_rate: rate, tokens, rows, ms });
     // The first update waits for the driver to compile: it tells nothing of the others.
@@ -269,17 +262,18 @@ async function evaluate(): Promise<void> {
   }
   const perplexity = Math.exp(nllSum / tokens);
   log.append({ step, eval_loss: evalLoss, eval_perplexity: perplexity });
-  const improved = best === null || evalLoss < best.evalLoss;
+  // As in transformers, the model as it came is no candidate.
+  const improved = step > 0 && (best === null || evalLoss < best.evalLoss);
   show(step, [
     `eval_loss ${evalLoss.toFixed(4)}`,
     `perplexity ${perplexity.toFixed(2)}`,
-    improved ? "the lowest so far" : "",
+    improved ? "the lowest so far" : step === 0 ? "before training" : "",
   ]);
   if (improved) best = { step, evalLoss };
-  if (improved && opt.loadBest && step > 0) {
+  if (improved && opt.loadBest) {
     const partial = `${checkpoints}/best.partial`;
     await saveTrained(trainer.llama, { dir: partial, model: opt.model, lora: adapter?.lora });
-    await Deno.remove(`${checkpoints}/best`, { recursive: true }).catch(() => {});
+    await removeIfThere(`${checkpoints}/best`);
     await Deno.rename(partial, `${checkpoints}/best`);
   }
   readAt = performance.now();

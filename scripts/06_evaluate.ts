@@ -8,7 +8,7 @@
  * reads   artifacts/02_load  artifacts/03_dataset  artifacts/05_train/adapter (after 02 --mode full: 05_train/model)
  * writes  artifacts/06_evaluate/evaluation.json  report.html  manifest.json
  */
-import { gatherRows, microBatches, nextTokenTargets, readRows } from "../lib/data/dataset.ts";
+import { evaluationBatches, readSplit } from "../lib/data/batches.ts";
 import { readTemplate } from "../lib/data/template.ts";
 import { loadTokenizer } from "../lib/data/tokenizer.ts";
 import { countWords, drawPrompts, fixedQuestions, questionOf, splitDocuments, spread } from "../lib/model/answers.ts";
@@ -19,7 +19,7 @@ import { bootstrapDifference, measurePerplexity, type Perplexity } from "../lib/
 import { tileRows } from "../lib/model/tiles.ts";
 import { checkSampling } from "../lib/model/sample.ts";
 import { openCache } from "../lib/run/cache.ts";
-import { byRecipe, flags } from "../lib/run/flags.ts";
+import { byRecipe, checkNumbers, flags } from "../lib/run/flags.ts";
 import { beginStage, readManifest, writeAtomic } from "../lib/run/manifest.ts";
 import { count, percent, progress, table } from "../lib/run/print.ts";
 import { barChart, histogram, writeReport } from "../lib/run/report.ts";
@@ -44,23 +44,23 @@ const opt = flags(import.meta, {
 const CONFIDENCE = 0.95;
 const WARNING = "This is a research model. It states falsehoods in fluent sentences: it is not for clinical use.";
 
-// 1. What is compared: one base, with and without the adapter, or two whole models.
+checkNumbers(opt, { whole: { batchSize: 1, resamples: 1, samples: 0, sequences: 1, maxNewTokens: 1, seed: 0 } });
 checkSampling(opt);
+
+// 1. What is compared: one base, with and without the adapter, or two whole models.
 const full = readManifest(opt.model)?.flags.mode === "full";
 const tunedParts = full ? { model: opt.tuned } : { model: opt.model, adapter: opt.adapter };
 const stage = await beginStage("06_evaluate", opt, { reads: [opt.model, opt.dataset, full ? opt.tuned : opt.adapter] });
-const test = readRows(`${opt.dataset}/test.safetensors`);
+const { max_position_embeddings: positions, vocab_size: vocabulary } = readConfig(opt.model);
+const digest = stage.reads.find(({ path }) => path === `${opt.model}/tokenizer.json`)?.sha256;
+const test = readSplit("test", { ...opt, tokenizer: digest, vocabulary, positions });
 const tokenizer = loadTokenizer(opt.model);
 const template = readTemplate(`${opt.dataset}/template.json`);
 
 // 2. The test rows as micro-batches, the same for both.
-const order = Array.from({ length: test.rowOffsets.length - 1 }, (_, r) => r);
-const which = microBatches(order, { batchSize: opt.batchSize, accumulation: 1 }).map(([rows]) => rows!);
-const batches = which.map((rows) => gatherRows(test, rows)).map((b) => ({ ...b, targets: nextTokenTargets(b) }));
-const tokens = Math.max(...batches.map(({ inputIds }) => inputIds.length));
+const { batches, rows, tokens } = evaluationBatches(test, opt.batchSize);
 
 // 3. The prompts: fixed questions for both models, and prompts of the test split for the tuned one.
-const { max_position_embeddings: positions } = readConfig(opt.model);
 const documents = splitDocuments(test, tokenizer.eosId);
 const longest = positions - opt.maxNewTokens;
 const drawn = drawPrompts(documents, { ...opt, tokenizer, template, count: opt.samples, longest });
@@ -126,6 +126,7 @@ const perDocument = {
   base_nll: base.documents.map(({ nll }) => nll),
   tuned_nll: tuned.documents.map(({ nll }) => nll),
 };
+stage.clear();
 await writeAtomic(
   `${opt.out}/evaluation.json`,
   json({ ...results, seed: opt.seed, sampling, questions: pairs, samples, documents: perDocument }),
@@ -212,9 +213,8 @@ async function examine(
   const llama = await Llama.open({ model, adapter, tokens, resident: true, tiles });
   await tiles.save();
   if (opt.verbose) console.log(`\n${table(tileRows(llama.tiles), { header: true })}\n`);
-  const reading = progress(`${name}: test rows`, order.length);
-  const done = (i: number) => reading.tick(which.slice(0, i).reduce((sum, rows) => sum + rows.length, 0));
-  const losses = await measurePerplexity(llama, { batches, rows: which.map((rows) => rows.length), onBatch: done });
+  const reading = progress(`${name}: micro-batches of test rows`, batches.length);
+  const losses = await measurePerplexity(llama, { batches, rows, onBatch: reading.tick });
   reading.end();
 
   const bar = progress(`${name}: answers`, prompts.length);

@@ -9,12 +9,13 @@
  * reads   artifacts/01_convert (02_load for nf4)  artifacts/05_train/adapter  template.json of the adapter or of 03_dataset
  * writes  artifacts/07_merge/lora_adapters/  merged_model/  manifest.json
  */
+import { exists } from "../lib/data/files.ts";
 import { openModel, openSafetensors } from "../lib/data/safetensors.ts";
+import { tokenizerFiles } from "../lib/data/tokenizer.ts";
 import { describeAdapter } from "../lib/gpu/device.ts";
 import { readAdapter } from "../lib/model/adapter.ts";
 import { parameterShapes, readConfig } from "../lib/model/config.ts";
 import { logitsOf } from "../lib/model/llama.ts";
-import { tokenizerFiles } from "../lib/model/medslm.ts";
 import { checkLogits, largestDifference, mergeModel } from "../lib/model/merge.ts";
 import { isQuantized } from "../lib/model/quantized.ts";
 import { choice, flags } from "../lib/run/flags.ts";
@@ -31,9 +32,10 @@ const opt = flags(import.meta, {
 });
 
 // 1. What there is to merge: when stage 05 trained all weights, it left a whole model.
-const whole = [opt.adapter, opt.adapter.replace(/[^/]+\/*$/, "model")].find((dir) => exists(`${dir}/config.json`));
+const whole = [opt.adapter, opt.adapter.replace(/[^/]+$/, "model")].find((dir) => exists(`${dir}/config.json`));
 if (whole !== undefined && !exists(`${opt.adapter}/adapter_config.json`)) {
-  const stage = await beginStage("07_merge", opt, { reads: [whole] }); // removes the result of an earlier merge
+  const stage = await beginStage("07_merge", opt, { reads: [whole] });
+  stage.clear(); // what an earlier merge left is not of this model
   console.log(`There is nothing to merge: all weights were trained, and the model is in "${whole}"`);
   await stage.done({ numbers: { nothing_to_merge: true, model: whole } });
   Deno.exit(0);
@@ -42,7 +44,8 @@ const base = opt.base === "nf4" ? opt.quantized : opt.model;
 const template = [opt.adapter, opt.dataset].map((dir) => `${dir}/template.json`).find(exists);
 const stage = await beginStage("07_merge", opt, { reads: [base, opt.adapter, template ?? ""] });
 checkBase();
-const config = readConfig(base);
+const config = readConfig(base), { lora } = readAdapter(opt.adapter, config);
+stage.clear();
 
 // 2. The weights: each adapted one becomes W + scaling · B·A, the others change their type alone.
 const [adapterOut, mergedOut] = [`${stage.out}/lora_adapters`, `${stage.out}/merged_model`];
@@ -67,7 +70,6 @@ for (const path of [...tokenizerFiles(base), ...(template === undefined ? [] : [
 if (template === undefined) console.log("note: there is no template.json, so nothing tells how a prompt must look");
 
 // 4. What was written.
-const { lora } = readAdapter(adapterOut, config);
 const adapterFile = weights("lora_adapters/adapter_model.safetensors");
 const mergedFile = weights("merged_model/model.safetensors");
 console.log(table([
@@ -133,15 +135,6 @@ function weights(path: string): { path: string; tensors: number; parameters: num
   const infos = [...source.tensors.values()];
   const parameters = infos.reduce((sum, { shape }) => sum + shape.reduce((product, axis) => product * axis, 1), 0);
   return { path, tensors: infos.length, parameters, size: Deno.statSync(file).size };
-}
-
-function exists(path: string): boolean {
-  try {
-    return Deno.statSync(path).isFile;
-  } catch (error) {
-    if (error instanceof Deno.errors.NotFound || error instanceof Deno.errors.NotADirectory) return false;
-    throw error;
-  }
 }
 
 function show(x: number): string {

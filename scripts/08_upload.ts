@@ -10,6 +10,7 @@
  * reads   artifacts/07_merge/{lora_adapters,merged_model}; for the cards artifacts/{03_dataset,05_train,06_evaluate}
  * writes  artifacts/08_upload/{lora_adapters,merged_model}/README.md  manifest.json, and the two repositories
  */
+import { exists } from "../lib/data/files.ts";
 import { BLOG_SYSTEM, BLOG_TEMPLATE, chatTemplate, readTemplate } from "../lib/data/template.ts";
 import { adapterCard, type CardFacts, hubName, modelCard } from "../lib/hub/card.ts";
 import { checkRepoId, environmentToken, type HubAccess, hubBase } from "../lib/hub/retry.ts";
@@ -51,6 +52,13 @@ if (opt.adapterRepo.toLowerCase() === opt.mergedRepo.toLowerCase()) {
   throw new Error(`Cannot upload to "${opt.mergedRepo}": adapter and merged model need a repository each`);
 }
 if (opt.baseModel !== unset) checkRepoId(opt.baseModel, { action: "name the base" });
+const { nothing_to_merge, model: whole } = readManifest(opt.merge)?.numbers ?? {};
+if (nothing_to_merge === true) {
+  const state = `all weights were trained, so "${opt.merge}" has no adapter and no merged model`;
+  throw new Error(
+    `Cannot upload: ${state}: the trained model is the folder "${whole}", which this stage does not send`,
+  );
+}
 const access: HubAccess = {
   hubUrl: opt.hubUrl,
   token: opt.dryRun ? "" : environmentToken(),
@@ -66,7 +74,15 @@ const stage = await beginStage("08_upload", { ...opt, force: opt.force || !opt.d
 });
 
 // 3. The cards, and the base's name where the adapter has a path of this machine.
+const lora = readJsonObject(`${opt.merge}/lora_adapters/adapter_config.json`);
+const named = String(lora.base_model_name_or_path);
 const facts = gatherFacts();
+if (facts.base === "" && !opt.dryRun && opt.adapterRepo !== unset) {
+  throw new Error(
+    `Cannot upload the adapter: its base is "${named}", which nobody else has: name the 16-bit base with --base-model owner/name`,
+  );
+}
+stage.clear();
 const lists = [];
 for (const { kind, repo } of targets) {
   const dir = `${stage.out}/${kind}`;
@@ -152,7 +168,6 @@ function sum(files: readonly { bytes: number }[]): number {
 /** What the cards tell. Training and evaluation count only when they are of the very adapter that was merged. */
 function gatherFacts(): CardFacts {
   const config = readConfig(`${opt.merge}/merged_model`);
-  const lora = readJsonObject(`${opt.merge}/lora_adapters/adapter_config.json`);
   const training = readManifest(opt.train);
   const adapters = (list: Manifest["reads"] | undefined) =>
     (list ?? []).filter(({ path }) => path.endsWith("adapter_model.safetensors")).map(({ sha256 }) => sha256);
@@ -170,7 +185,7 @@ function gatherFacts(): CardFacts {
   return {
     modelRepo: opt.mergedRepo,
     adapterRepo: opt.adapterRepo,
-    base: opt.baseModel !== unset ? opt.baseModel : hubName(String(lora.base_model_name_or_path)),
+    base: opt.baseModel !== unset ? opt.baseModel : exists(named) ? "" : hubName(named),
     license: opt.license,
     prompt: template.renderPrompt("{question}"),
     parameters: parameterShapes(config).reduce((n, { shape }) => n + shape.reduce((a, b) => a * b, 1), 0),
@@ -189,17 +204,11 @@ function gatherFacts(): CardFacts {
 
 /** PEFT finds the base by this name: a path of this machine, or a 4-bit copy, would make the adapter useless elsewhere. */
 async function nameBase(dir: string, replace: Record<string, string>): Promise<void> {
-  const lora = readJsonObject(`${opt.merge}/lora_adapters/adapter_config.json`);
-  const named = String(lora.base_model_name_or_path);
   if (facts.base !== "" && named !== facts.base) {
     const renamed = { ...lora, base_model_name_or_path: facts.base };
     await writeAtomic(`${dir}/adapter_config.json`, JSON.stringify(renamed, null, 2)); // PEFT ends without a newline
     replace["adapter_config.json"] = `${dir}/adapter_config.json`;
     console.log(`The adapter's base is called "${facts.base}" there (here it is "${named}")`);
-  } else if (facts.base === "" && !opt.dryRun) {
-    throw new Error(
-      `Cannot upload the adapter: its base is "${named}", which nobody else has: name the 16-bit base with --base-model owner/name`,
-    );
   } else if (facts.base === "") {
     console.log(`The adapter's base is "${named}", which nobody else has: a real upload needs --base-model owner/name`);
   }

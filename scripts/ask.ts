@@ -7,20 +7,22 @@
  *   deno task ask "..." --model artifacts/01_convert              before fine-tuning
  *   deno task ask "Anemia is" --raw                               go on from the text as it is
  *
- * reads   artifacts/07_merge/merged_model, or else artifacts/01_convert with artifacts/05_train/adapter;
- *         template.json beside the model or in artifacts/03_dataset
+ * reads   artifacts/07_merge/merged_model where it is of the present adapter, else artifacts/01_convert with
+ *         artifacts/05_train/adapter (after 02 --mode full: 05_train/model); template.json beside them or in 03_dataset
  * writes  nothing
  */
+import { exists } from "../lib/data/files.ts";
 import { BLOG_SYSTEM, BLOG_TEMPLATE, type ChatTemplate, chatTemplate, readTemplate } from "../lib/data/template.ts";
 import { loadTokenizer, streamDecoder } from "../lib/data/tokenizer.ts";
 import { readConfig } from "../lib/model/config.ts";
 import { createGenerator } from "../lib/model/generate.ts";
 import { checkSampling } from "../lib/model/sample.ts";
 import { byRecipe, flags, unset } from "../lib/run/flags.ts";
+import { readManifest, sha256File } from "../lib/run/manifest.ts";
 import { count, dim, duration } from "../lib/run/print.ts";
 
 const opt = flags(import.meta, {
-  model: unset, // model folder; by default the merged model, else the converted one
+  model: unset, // model folder; by default what the stages have left, as above
   adapter: unset, // adapter folder; by default the trained one, where the model is the converted one by default
   greedy: false, // take the most likely token instead of drawing one
   raw: false, // no template: the question is the prompt
@@ -47,7 +49,8 @@ const prompt = tokenizer.encode(opt.raw ? question : findTemplate().renderPrompt
 // 2. The answer. The cache is no larger than it can become.
 const context = Math.min(config.max_position_embeddings, prompt.length + Math.max(1, Math.ceil(opt.maxNewTokens)));
 const generator = await createGenerator({ model, adapter, batch: 1, context });
-console.log(dim("A research model: it errs, and it is not for clinical use.") + "\n");
+console.log(dim("A research model: it errs, and it is not for clinical use."));
+console.log(dim(`${adapter === undefined ? model : `${model} with ${adapter}`} answers.`) + "\n");
 const text = streamDecoder(tokenizer, { skipSpecialTokens: true });
 const asked = performance.now();
 let began = asked;
@@ -72,28 +75,29 @@ generator.destroy();
 /** What is asked for, or what the stages have left. */
 function chooseModel(): { model: string; adapter: string | undefined } {
   const converted = "artifacts/01_convert", trained = "artifacts/05_train/adapter";
-  const merged = "artifacts/07_merge/merged_model";
+  const merged = "artifacts/07_merge/merged_model", whole = "artifacts/05_train/model";
   if (opt.model !== unset) return { model: opt.model, adapter: opt.adapter === unset ? undefined : opt.adapter };
   if (opt.adapter !== unset) return { model: converted, adapter: opt.adapter };
+  if (exists(`${trained}/adapter_config.json`)) {
+    return isMergeOf(trained) ? { model: merged, adapter: undefined } : { model: converted, adapter: trained };
+  }
+  if (exists(`${whole}/config.json`)) return { model: whole, adapter: undefined };
   if (exists(`${merged}/config.json`)) return { model: merged, adapter: undefined };
-  if (exists(`${trained}/adapter_config.json`)) return { model: converted, adapter: trained };
   throw new Error(`Cannot answer: there is neither "${merged}" nor "${trained}": run "deno task train" first`);
+}
+
+/** Whether stage 07 has merged this adapter as it is now, and not an earlier one. */
+function isMergeOf(dir: string): boolean {
+  const read = readManifest("artifacts/07_merge")?.reads.filter(({ path }) => path.startsWith(`${dir}/`)) ?? [];
+  return read.length > 0 && read.every(({ path, sha256 }) => exists(path) && sha256File(path) === sha256);
 }
 
 /** The template of the training data; the blog's where nothing is known about them. */
 function findTemplate(): ChatTemplate {
-  const found = [model, `${model}/..`, "artifacts/03_dataset"].map((dir) => `${dir}/template.json`).find(exists);
+  const dirs = [...(adapter === undefined ? [] : [adapter]), model, `${model}/..`, "artifacts/03_dataset"];
+  const found = dirs.map((dir) => `${dir}/template.json`).find(exists);
   if (found !== undefined) return readTemplate(found);
   return chatTemplate({ template: BLOG_TEMPLATE, system: BLOG_SYSTEM, eos_token: tokenizer.eosToken });
-}
-
-function exists(path: string): boolean {
-  try {
-    return Deno.statSync(path).isFile;
-  } catch (error) {
-    if (error instanceof Deno.errors.NotFound) return false;
-    throw error;
-  }
 }
 
 /** Writes at once, without a line break. */

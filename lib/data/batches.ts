@@ -9,8 +9,10 @@ import {
   microBatches,
   nextTokenTargets,
   type PackedRows,
+  readRows,
   unlearntRows,
 } from "./dataset.ts";
+import type { Split } from "./records.ts";
 
 /** Rows side by side; `targets[i]` is the token that token i has to predict, or −100. */
 export interface Batch {
@@ -28,6 +30,30 @@ export interface UpdateBatches {
   readonly epoch: number;
   /** Tokens of all micro-batches, learnt or not. */
   readonly tokens: number;
+}
+
+/**
+ * The rows of a split of the folder `dataset`, for the model in the folder `model`: checked by {@link checkRows}. Throws
+ * too where another tokenizer made them than the one with the SHA-256 `tokenizer`; undefined leaves that unchecked.
+ */
+export function readSplit(
+  split: Split,
+  { dataset, model, tokenizer, vocabulary, positions }: {
+    readonly dataset: string;
+    readonly model: string;
+    readonly tokenizer: string | undefined;
+    readonly vocabulary: number;
+    readonly positions: number;
+  },
+): PackedRows {
+  const path = `${dataset}/${split}.safetensors`;
+  const rows = readRows(path), made = rows.metadata.tokenizer_sha256;
+  if (tokenizer !== undefined && made !== undefined && made !== tokenizer) {
+    const state = `its tokens are not of the tokenizer in "${model}"`;
+    throw new Error(`Cannot use "${path}": ${state}: run "deno task 03" with the --tokenizer of this model`);
+  }
+  checkRows(rows, { path, vocabulary, positions });
+  return rows;
 }
 
 /**
@@ -83,11 +109,16 @@ export function trainingBatches(
   };
 }
 
-/** All rows in order, `batchSize` at a time; `rows[i]` is how many batch i holds. */
-export function evaluationBatches(rows: PackedRows, batchSize: number): { batches: Batch[]; rows: number[] } {
+/** All rows in order, `batchSize` at a time; `rows[i]` is how many batch i holds, `tokens` what the largest has. */
+export function evaluationBatches(
+  rows: PackedRows,
+  batchSize: number,
+): { batches: Batch[]; rows: number[]; tokens: number } {
   const order = Array.from({ length: rows.rowOffsets.length - 1 }, (_, r) => r);
   const which = microBatches(order, { batchSize, accumulation: 1 }).map(([r]) => r!);
-  return { batches: which.map((r) => batchOf(rows, r)), rows: which.map((r) => r.length) };
+  const batches = which.map((r) => batchOf(rows, r));
+  const tokens = batches.reduce((most, { inputIds }) => Math.max(most, inputIds.length), 0);
+  return { batches, rows: which.map((r) => r.length), tokens };
 }
 
 /** Tokens of the largest micro-batch of `batchSize` rows that there can be. */

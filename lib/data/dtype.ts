@@ -32,6 +32,9 @@ const BITS = {
 /** The name of an element type, as safetensors headers spell it. */
 export type Dtype = keyof typeof BITS;
 
+/** The types that weights are stored in, as configurations and flags call them, with the dtype of each. */
+export const STORED = { float32: "F32", float16: "F16", bfloat16: "BF16" } as const;
+
 /** All dtypes, lowest rank first: the reference writer stores high ranks first. */
 export const dtypes: readonly Dtype[] = Object.keys(BITS) as Dtype[];
 
@@ -55,9 +58,6 @@ export function byteLength(dtype: Dtype, shape: readonly number[]): number {
   }
   return bits / 8;
 }
-
-const scratchFloat = new Float32Array(1);
-const scratchBits = new Uint32Array(scratchFloat.buffer);
 
 /** The bfloat16 (upper half of a float32) nearest to `bits`, ties to even; a NaN stays a NaN of the same sign. */
 function bf16FromBits(bits: number): number {
@@ -97,20 +97,6 @@ function bitsFromF16(half: number): number {
 }
 
 let halfTable: Uint32Array | undefined; // 256 KiB: every half as float32 bits
-
-/** The bfloat16 value nearest to `x` (taken as float32), ties to even. */
-export function bf16Round(x: number): number {
-  scratchFloat[0] = x;
-  scratchBits[0] = bf16FromBits(scratchBits[0]!) << 16;
-  return scratchFloat[0];
-}
-
-/** The IEEE half value nearest to `x` (taken as float32), ties to even; 65520 and above give infinity. */
-export function f16Round(x: number): number {
-  scratchFloat[0] = x;
-  scratchBits[0] = bitsFromF16(f16FromBits(scratchBits[0]!));
-  return scratchFloat[0];
-}
 
 /** The bytes at an address that typed arrays accept: a view where it is aligned, a copy where it is not. */
 function aligned(bytes: Uint8Array, size: number): Uint8Array {
@@ -159,4 +145,9 @@ export function fromFloat32(values: Float32Array, dtype: "F32" | "F16" | "BF16")
   if (dtype === "BF16") { for (let i = 0; i < out.length; i++) out[i] = bf16FromBits(bits[i]!); }
   else for (let i = 0; i < out.length; i++) out[i] = f16FromBits(bits[i]!);
   return new Uint8Array(out.buffer);
+}
+
+/** The values after a stay in `dtype`: rounded to the nearest, ties to even. */
+export function rounded(values: Float32Array, dtype: "F32" | "F16" | "BF16"): Float32Array<ArrayBuffer> {
+  return toFloat32(fromFloat32(values, dtype), dtype);
 }

@@ -212,7 +212,8 @@ async function* jsonRows(path: string): AsyncGenerator<{ row: Row; place: string
 }
 
 function* arrayRows(path: string): Generator<{ row: Row; place: string }> {
-  const rows = parse(Deno.readTextFileSync(path), `${path}"`) as unknown[];
+  const text = Deno.readTextFileSync(path).replace(/^\uFEFF/, ""); // a byte-order mark is no part of JSON
+  const rows = parse(text, `${path}"`) as unknown[];
   for (const [index, row] of rows.entries()) {
     if (!isRow(row)) throw new SyntaxError(`Cannot read "${path}", record ${index + 1}: a JSON object is wanted`);
     yield { row, place: `record ${index + 1}` };

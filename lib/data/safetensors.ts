@@ -4,6 +4,7 @@
  * Format: https://github.com/huggingface/safetensors
  */
 import { bitsPerElement, byteLength, type Dtype, dtypes } from "./dtype.ts";
+import { exists } from "./files.ts";
 import { scanHeader } from "./safetensors_header.ts";
 
 /** Where a tensor lies: `begin` is a byte offset from the start of its file, `bytes` its length. */
@@ -198,15 +199,6 @@ export async function writeSafetensors(
   }
   file.close();
   await Deno.rename(partial, path);
-}
-
-function exists(path: string): boolean {
-  try {
-    return Deno.statSync(path).isFile;
-  } catch (error) {
-    if (error instanceof Deno.errors.NotFound) return false;
-    throw error;
-  }
 }
 
 /** Opens a file for reading; throws one sentence that names it when it is not there. */

@@ -3,6 +3,7 @@
  * Refuses a folder without an end-of-text token: a model that never learns to stop is of no use.
  */
 import { ByteLevelPreTokenizer, SequencePreTokenizer, Tokenizer as Library } from "@huggingface/tokenizers";
+import { exists } from "./files.ts";
 
 /** A loaded tokenizer; `vocabSize` is the largest id plus one. */
 export interface Tokenizer {
@@ -23,6 +24,17 @@ export interface Tokenizer {
 export interface DecodeOptions {
   readonly skipSpecialTokens?: boolean;
 }
+
+/** The files that a tokenizer may consist of. */
+const FILES = [
+  "added_tokens.json",
+  "chat_template.jinja",
+  "merges.txt",
+  "special_tokens_map.json",
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "vocab.json",
+];
 
 /**
  * GPT-2's pre-tokenizer pattern with the white space of Unicode. JavaScript's `\s`, which the library uses, lacks
@@ -86,6 +98,15 @@ export function loadTokenizer(dir: string, { escapes = false }: { readonly escap
     ...(bosToken === undefined ? {} : { bosToken }),
     ...(chatTemplate === undefined ? {} : { chatTemplate }),
   };
+}
+
+/** The tokenizer's files: those of `folder/tokenizer`, else those of `folder`, else none. */
+export function tokenizerFiles(folder: string): string[] {
+  for (const dir of [`${folder}/tokenizer`, folder]) {
+    const files = FILES.map((name) => `${dir}/${name}`).filter(exists);
+    if (files.some((file) => /\/(tokenizer|vocab)\.json$/.test(file))) return files;
+  }
+  return [];
 }
 
 /** Text as ids arrive: `push` gives what is new, `end` the rest. */
@@ -152,13 +173,4 @@ function readObject(path: string): Record<string, unknown> {
   }
   if (typeof value === "object" && value !== null && !Array.isArray(value)) return value as Record<string, unknown>;
   throw new SyntaxError(`Cannot read "${path}": it does not hold a JSON object`);
-}
-
-function exists(path: string): boolean {
-  try {
-    return Deno.statSync(path).isFile;
-  } catch (error) {
-    if (error instanceof Deno.errors.NotFound) return false;
-    throw error;
-  }
 }

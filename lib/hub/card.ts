@@ -42,7 +42,7 @@ const NOT_CLINICAL = [
   "for diagnosis, treatment, triage or any other decision about a person's health.",
 ].join("\n");
 
-/** `name` when others can find a 16-bit base by it, "" when it is a path of this machine or the name of a 4-bit copy. */
+/** `name` when others can find a 16-bit base by it, "" when it looks like a path here or is the name of a 4-bit copy. */
 export function hubName(name: string): string {
   return /^[A-Za-z0-9][\w.-]*\/[\w.-]+$/.test(name) && !/^artifacts\/|-bnb-4bit$/.test(name) ? name : "";
 }
@@ -63,7 +63,7 @@ export function modelCard(facts: CardFacts): string {
     } parameters that answers medical questions in English: ${of}, fine-tuned with\n` +
     `LoRA (r = ${lora.r}, alpha = ${lora.lora_alpha}) and merged, W + (alpha / ${
       lora.use_rslora ? "√r" : "r"
-    }) · B · A computed in float32 and stored as ${facts.dtype}.` +
+    }) · B · A summed in float64 and stored as ${facts.dtype}.` +
     (adapterRepo === "" ? "" : `\nThe adapter alone is in [${adapterRepo}](https://huggingface.co/${adapterRepo}).`),
     NOT_CLINICAL,
     promptSection(facts.prompt),

@@ -2,7 +2,7 @@
  * LoRA adapters (arXiv:2106.09685) as PEFT makes and stores them: initial values bit for bit, file names, both files.
  * It refuses what this project does not compute, such as DoRA, biases or a rank of its own for some module.
  */
-import { fromFloat32, toFloat32 } from "../data/dtype.ts";
+import { fromFloat32, STORED, toFloat32 } from "../data/dtype.ts";
 import { TorchGenerator } from "../data/random.ts";
 import { openSafetensors, writeSafetensors } from "../data/safetensors.ts";
 import {
@@ -38,8 +38,6 @@ export interface Adapter {
   readonly lora: LoraConfig;
   readonly tensors: Map<string, Float32Array>;
 }
-
-const STORED = { float32: "F32", float16: "F16", bfloat16: "BF16" } as const;
 
 /** The factor of B·A·x: alpha / r, or alpha / sqrt(r) with rank stabilization (rsLoRA, arXiv:2312.03732). */
 export function scaling(lora: LoraConfig): number {

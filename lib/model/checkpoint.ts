@@ -2,8 +2,9 @@
  * Checkpoints: a folder per saved update with all that an uninterrupted run would have had, bit for bit. A checkpoint is
  * written under a temporary name and renamed, so one that has its name is whole.
  */
-import { openSafetensors, writeSafetensors } from "../data/safetensors.ts";
 import type { Dtype } from "../data/dtype.ts";
+import { removeIfThere } from "../data/files.ts";
+import { openSafetensors, writeSafetensors } from "../data/safetensors.ts";
 import { downloadBytes, type Storage } from "../gpu/tensor.ts";
 import type { Trainer } from "./trainer.ts";
 
@@ -26,7 +27,7 @@ export async function saveCheckpoint(
   { trainer, run, also }: { trainer: Trainer; run: RunState; also: (dir: string) => Promise<void> },
 ): Promise<void> {
   const temporary = `${dir}.partial`;
-  await Deno.remove(temporary, { recursive: true }).catch(() => {});
+  await removeIfThere(temporary);
   await Deno.mkdir(temporary, { recursive: true });
   const { gpu, groups } = trainer.llama;
   const entries = [
@@ -45,7 +46,7 @@ export async function saveCheckpoint(
     { format: "pt", run: JSON.stringify(run) },
   );
   await also(temporary);
-  await Deno.remove(dir, { recursive: true }).catch(() => {});
+  await removeIfThere(dir);
   await Deno.rename(temporary, dir);
 }
 

@@ -207,7 +207,7 @@ export function readJsonObject(path: string): Record<string, unknown> {
 const FLOATS: ReadonlySet<string> = new Set(["attention_dropout", "initializer_range", "rms_norm_eps", "rope_theta"]);
 
 /** A float as Python writes it (`10000.0`, `1e-06`), because strict readers tell floats from integers. */
-function pythonFloat(x: number): string {
+export function pythonFloat(x: number): string {
   const magnitude = Math.abs(x);
   if (magnitude !== 0 && (magnitude < 1e-4 || magnitude >= 1e16)) {
     return x.toExponential().replace(/e([+-])(\d)$/, "e$10$2");

@@ -31,8 +31,6 @@ export interface GenerateOptions extends Partial<Sampling> {
   readonly seed?: number;
   /** Called with the index of the prompt for every token as it is written. */
   readonly onToken?: (prompt: number, id: number) => void;
-  /** Called with the number of finished answers whenever there is one more. */
-  readonly onDone?: (done: number) => void;
 }
 
 /** One answer: its tokens without the prompt but with the one that ended it, if one did. */
@@ -114,7 +112,7 @@ async function generate(
   prompts: readonly (readonly number[])[],
   options: GenerateOptions,
 ): Promise<Answer[]> {
-  const { config } = decoder.parts, { maxNewTokens, seed = 0, onToken, onDone } = options;
+  const { config } = decoder.parts, { maxNewTokens, seed = 0, onToken } = options;
   const sampling: Sampling = { ...NEUTRAL, ...options };
   const eos = new Set(options.eosIds ?? (config.eos_token_id === null ? [] : [config.eos_token_id]));
   checkSampling(sampling);
@@ -125,7 +123,7 @@ async function generate(
 
   const answers: Answer[] = [];
   const free = Array.from({ length: decoder.batch }, (_, slot) => slot);
-  let live: Sequence[] = [], next = 0, done = 0;
+  let live: Sequence[] = [], next = 0;
   /** Writes each sequence's next token and returns those that go on; the others give their slot back. */
   const extend = (sequences: readonly Sequence[], logits: readonly Float32Array[]): Sequence[] =>
     sequences.filter(({ prompt, slot, ids, seen }, i) => {
@@ -138,7 +136,6 @@ async function generate(
       if (!finished && step + 1 < maxNewTokens && ids.length < decoder.context) return true;
       answers[prompt] = { ids: ids.slice(start), finished };
       free.push(slot);
-      onDone?.(++done);
       return false;
     });
 

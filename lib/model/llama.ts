@@ -173,7 +173,7 @@ export class Llama {
       checkpointing,
       training: train !== "none",
       dropout: train === "lora" && dropout > 0,
-      lora: widest(lora),
+      lora: lora?.[0], // scratch is shared: all layers are alike
       chunk,
     });
     const full = train === "full" ? createFullGradients(gpu, { config, weights, tokens }) : undefined;
@@ -358,11 +358,6 @@ function loraGroups(lora: readonly LayerLora[]): ParameterGroup[] {
     slots,
     decay: true,
   }));
-}
-
-/** The layer with the most adapted columns: scratch is shared, and all layers are alike unless modules were left out. */
-function widest(lora: readonly LayerLora[] | undefined): LayerLora | undefined {
-  return lora?.[0];
 }
 
 /** First token of each token's document, and the one after its last: u32 `[T, 2]`. */

@@ -3,7 +3,9 @@
  * Refuses to guess: an unknown, missing or misshapen tensor and a setting that the shapes contradict are errors that name it.
  */
 import { fromFloat32, toFloat32 } from "../data/dtype.ts";
+import { exists } from "../data/files.ts";
 import { openModel, openSafetensors, type TensorInfo, type TensorSource } from "../data/safetensors.ts";
+import { tokenizerFiles } from "../data/tokenizer.ts";
 import { openTorchCheckpoint } from "../data/torch_zip.ts";
 import {
   checkConfig,
@@ -63,9 +65,6 @@ const BUFFERS: ReadonlySet<string> = new Set(
     "causal_mask attn_mask mask tril").split(" "),
 );
 
-const TOKENIZER =
-  /^(tokenizer(_config)?|special_tokens_map|added_tokens|vocab)\.json$|^merges\.txt$|^chat_template\.jinja$/;
-
 const SECOND_WORDS: ReadonlySet<string> = new Set(["ffn", "mlp", "ff", "feed", "post", "2"]);
 const FIRST_WORDS: ReadonlySet<string> = new Set(["attn", "attention", "att", "input", "pre", "1"]);
 
@@ -74,11 +73,11 @@ const FIRST_WORDS: ReadonlySet<string> = new Set(["attn", "attention", "att", "i
  * The settings are those of config.json beside it, else those stored in the file. Throws when there is not exactly one checkpoint.
  */
 export function openCheckpoint(path: string): Checkpoint {
-  let folder = path.replace(/\/+$/, "");
+  let folder = path;
   let file: string | undefined;
-  if (!stat(path)) throw new Error(`Cannot read "${path}": no such file or folder`);
-  if (stat(path)!.isFile) [folder, file] = [folderOf(path), path];
-  else if (!stat(`${folder}/model.safetensors`) && !stat(`${folder}/model.safetensors.index.json`)) {
+  if (!exists(path)) throw new Error(`Cannot read "${path}": no such file or folder`);
+  if (isFile(path)) [folder, file] = [folderOf(path), path];
+  else if (!exists(`${folder}/model.safetensors`) && !exists(`${folder}/model.safetensors.index.json`)) {
     const names = [...Deno.readDirSync(folder)].map((entry) => entry.name).sort();
     const safe = names.filter((name) => name.endsWith(".safetensors"));
     const found = safe.length > 0 ? safe : names.filter((name) => /\.(pt|pth|ckpt|bin)$/.test(name));
@@ -88,7 +87,7 @@ export function openCheckpoint(path: string): Checkpoint {
     }
     file = `${folder}/${found[0]}`;
   }
-  const beside = stat(`${folder}/config.json`) ? readJsonObject(`${folder}/config.json`) : undefined;
+  const beside = exists(`${folder}/config.json`) ? readJsonObject(`${folder}/config.json`) : undefined;
   if (file === undefined || file.endsWith(".safetensors")) {
     const source = file === undefined ? openModel(folder) : openSafetensors(file);
     return { folder, source, settings: beside ?? {}, notes: [] };
@@ -244,19 +243,9 @@ function isHuggingFace(name: string): boolean {
 
 /** Everything that decides a conversion of `path`: a folder, or a file with the settings and the tokenizer beside it. */
 export function checkpointInputs(path: string): string[] {
-  if (!stat(path)?.isFile) return [path];
+  if (!isFile(path)) return [path];
   const folder = folderOf(path);
-  return [path, ...[`${folder}/config.json`].filter((name) => stat(name)?.isFile), ...tokenizerFiles(folder)];
-}
-
-/** The tokenizer's files: those of `folder/tokenizer`, else those of `folder`, else none. */
-export function tokenizerFiles(folder: string): string[] {
-  for (const dir of [`${folder}/tokenizer`, folder]) {
-    if (!stat(`${dir}/tokenizer.json`) && !stat(`${dir}/vocab.json`)) continue;
-    const names = [...Deno.readDirSync(dir)].map(({ name }) => name).sort();
-    return names.filter((name) => TOKENIZER.test(name)).map((name) => `${dir}/${name}`);
-  }
-  return [];
+  return [path, ...[`${folder}/config.json`].filter(exists), ...tokenizerFiles(folder)];
 }
 
 function folderOf(file: string): string {
@@ -293,11 +282,6 @@ function same(a: readonly number[], b: readonly number[]): boolean {
   return a.length === b.length && a.every((axis, i) => axis === b[i]);
 }
 
-function stat(path: string): Deno.FileInfo | undefined {
-  try {
-    return Deno.statSync(path);
-  } catch (error) {
-    if (error instanceof Deno.errors.NotFound) return undefined;
-    throw error;
-  }
+function isFile(path: string): boolean {
+  return exists(path) && Deno.statSync(path).isFile;
 }

@@ -2,7 +2,7 @@
  * An adapter folded into its base: W + scaling · B·A (LoRA, arXiv:2106.09685), summed in float64 and rounded. It never
  * quantizes the result again, which would lose most of what was learnt, and it writes no NaN and no infinity.
  */
-import { fromFloat32, toFloat32 } from "../data/dtype.ts";
+import { byteLength, fromFloat32, STORED, toFloat32 } from "../data/dtype.ts";
 import { openModel, type TensorSource, writeSafetensors } from "../data/safetensors.ts";
 import { adapterTensors, type LoraConfig, readAdapter, scaling } from "./adapter.ts";
 import {
@@ -36,12 +36,8 @@ export interface Merged {
   readonly bytes: number;
 }
 
-/** `limit` has the float32 bits of the smallest magnitude that is not finite in the dtype: 2^128, 65520, 2^128 - 2^119. */
-const STORED = {
-  float32: { name: "F32", bytes: 4, limit: 0x7f800000 },
-  float16: { name: "F16", bytes: 2, limit: 0x477ff000 },
-  bfloat16: { name: "BF16", bytes: 2, limit: 0x7f7f8000 },
-} as const;
+/** The float32 bits of the smallest magnitude that is not finite in the dtype: 2^128, 65520, 2^128 - 2^119. */
+const LIMIT = { float32: 0x7f800000, float16: 0x477ff000, bfloat16: 0x7f7f8000 } as const;
 
 /**
  * How far a logit of the merged model may be from base + adapter, in parts of the largest logit. In float32 both add the
@@ -69,7 +65,7 @@ export async function mergeModel({ model, adapter, out, dtype, onTensor }: Merge
     `${out}/model.safetensors`,
     parameters.map(({ name, shape }) => ({
       name,
-      dtype: STORED[dtype].name,
+      dtype: STORED[dtype],
       shape,
       data() {
         const weight = read(name, shape);
@@ -82,7 +78,7 @@ export async function mergeModel({ model, adapter, out, dtype, onTensor }: Merge
         const { buffer, byteOffset, byteLength } = weight;
         const bytes = dtype === "float32"
           ? new Uint8Array(buffer, byteOffset, byteLength)
-          : fromFloat32(weight, STORED[dtype].name);
+          : fromFloat32(weight, STORED[dtype]);
         onTensor?.(++done);
         return bytes;
       },
@@ -92,7 +88,12 @@ export async function mergeModel({ model, adapter, out, dtype, onTensor }: Merge
   await Deno.writeTextFile(`${out}/config.json`, configJson(merged));
   await Deno.writeTextFile(`${out}/generation_config.json`, generationConfigJson(merged));
   const count = parameters.reduce((sum, { shape }) => sum + elements(shape), 0);
-  return { tensors: parameters.length, adapted: updates.size, parameters: count, bytes: count * STORED[dtype].bytes };
+  return {
+    tensors: parameters.length,
+    adapted: updates.size,
+    parameters: count,
+    bytes: byteLength(STORED[dtype], [count]),
+  };
 }
 
 /**
@@ -225,7 +226,7 @@ function checkValues(
   },
 ): void {
   const bits = new Uint32Array(values.buffer, values.byteOffset, values.length);
-  const { limit } = STORED[dtype];
+  const limit = LIMIT[dtype];
   for (let i = 0; i < bits.length; i++) {
     if ((bits[i]! & 0x7fffffff) < limit) continue;
     const width = shape.at(-1)!;

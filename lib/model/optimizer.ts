@@ -41,8 +41,7 @@ export interface Optimizer {
   readonly commands: readonly Command[];
   /** Moments as stored, by name: what a checkpoint has to hold. */
   readonly state: ReadonlyMap<string, Tensor>;
-  /** Gradient norm and clipping coefficient of the last update. */
-  readonly norm: Tensor;
+  /** Gradient norms of the last updates. */
   readonly norms: Tensor;
 }
 
@@ -100,7 +99,6 @@ export async function createOptimizer(
     },
     commands,
     state,
-    norm,
     norms,
   };
 }

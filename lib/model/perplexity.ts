@@ -13,6 +13,11 @@ export interface DocumentLoss {
   readonly tokens: number;
 }
 
+/** One batch: `nll` in nats, summed over its `tokens` labelled tokens, and the dataset rows that it holds. */
+export interface BatchLoss extends DocumentLoss {
+  readonly rows: number;
+}
+
 /** Losses over the whole of a split; `perplexity` is `exp(nllSum / tokens)`. */
 export interface Perplexity {
   readonly nllSum: number;
@@ -45,8 +50,7 @@ export async function measurePerplexity(
     readonly onBatch?: (done: number) => void;
   },
 ): Promise<Measured> {
-  const documents: DocumentLoss[] = [];
-  let weighted = 0, allRows = 0;
+  const documents: DocumentLoss[] = [], losses: BatchLoss[] = [];
   for (const [i, batch] of batches.entries()) {
     const tokens = llama.evaluate(batch);
     const found = sumByDocument(
@@ -54,12 +58,20 @@ export async function measurePerplexity(
       tokens === 0 ? new Float32Array() : await download(llama.gpu, llama.plan.batch.nll),
     );
     documents.push(...found);
-    // A batch without a labelled token has no mean: it is left out of the sum, as in training.
-    if (tokens > 0) weighted += rows[i]! * found.reduce((sum, { nll }) => sum + nll, 0) / tokens;
-    allRows += rows[i]!;
+    losses.push({ nll: found.reduce((sum, { nll }) => sum + nll, 0), tokens, rows: rows[i]! });
     onBatch?.(i + 1);
   }
-  return { ...perplexity(documents), evalLoss: weighted / allRows, documents };
+  return { ...perplexity(documents), evalLoss: meanByRows(losses), documents };
+}
+
+/** The eval_loss of batches: their means, weighted by rows. One without a labelled token has no mean: only its rows count. */
+export function meanByRows(batches: readonly BatchLoss[]): number {
+  let weighted = 0, allRows = 0;
+  for (const { nll, tokens, rows } of batches) {
+    if (tokens > 0) weighted += nll / tokens * rows;
+    allRows += rows;
+  }
+  return weighted / allRows;
 }
 
 /** Sums `nll`, one value per labelled token in order, over the documents of a batch; those without a label are left out. */

@@ -2,7 +2,7 @@
  * Models with 4-bit weights in the files that transformers and bitsandbytes write and open: NF4 for the seven
  * projections, everything else as it was. It refuses fp4, int8 and files whose tables differ from the known ones.
  */
-import { type Dtype, fromFloat32, toFloat32 } from "../data/dtype.ts";
+import { type Dtype, rounded, STORED, toFloat32 } from "../data/dtype.ts";
 import {
   blockAbsmax,
   dequantizeNf4,
@@ -16,7 +16,7 @@ import {
 } from "../data/nf4.ts";
 import { BLOCKWISE_SIZE } from "../data/blockwise8.ts";
 import { type TensorSink, type TensorSource, writeSafetensors } from "../data/safetensors.ts";
-import { configJson, linearModules, type ModelConfig, moduleName, parameterShapes } from "./config.ts";
+import { configJson, linearModules, type ModelConfig, moduleName, parameterShapes, pythonFloat } from "./config.ts";
 
 /** A 4-bit weight as stored, its scales back in float32: `packed` `[ceil(n / 2)]`, `absmax` `[ceil(n / blocksize)]`. */
 export interface QuantState {
@@ -28,7 +28,7 @@ export interface QuantState {
   readonly blocksize: number;
 }
 
-const DTYPES: { readonly [D in Dtype]?: ModelConfig["dtype"] } = { F32: "float32", F16: "float16", BF16: "bfloat16" };
+const WORDS = Object.keys(STORED) as ModelConfig["dtype"][];
 const STATE = ".quant_state.bitsandbytes__";
 
 /** Whether the model holds 4-bit weights of bitsandbytes. */
@@ -103,7 +103,7 @@ function weightSinks(
   },
 ): TensorSink[] {
   const { dtype, shape } = source.tensors.get(name)!;
-  const word = DTYPES[dtype];
+  const word = WORDS.find((name) => STORED[name] === dtype);
   if (word === undefined) {
     throw new TypeError(`Cannot quantize "${name}": it is ${dtype}: it must be F32, F16 or BF16`);
   }
@@ -156,12 +156,6 @@ function stateJson(
   return `{${plain}, "nested_blocksize": ${BLOCKWISE_SIZE}, "nested_dtype": "float32", "nested_offset": ${offset}}`;
 }
 
-/** A double as Python prints it: the same digits as JavaScript, but with an exponent already below 1e-4. */
-function pythonFloat(x: number): string {
-  if (Number.isInteger(x)) return `${x}.0`;
-  return Math.abs(x) < 1e-4 ? x.toExponential().replace(/e-(\d)$/, "e-0$1") : String(x);
-}
-
 /** What a 4-bit weight says of itself. */
 type QuantKind = Pick<QuantState, "shape" | "dtype" | "blocksize"> & {
   readonly state: Readonly<Record<string, unknown>>;
@@ -192,7 +186,7 @@ export function readQuantKind(source: TensorSource, module: string): QuantKind {
     return refuse(`has the state ${JSON.stringify(text)}, which is not JSON`);
   }
   const { blocksize, shape } = state;
-  const dtype = Object.values(DTYPES).find((word) => word === state.dtype);
+  const dtype = WORDS.find((word) => word === state.dtype);
   if (
     state.quant_type !== "nf4" || dtype === undefined || typeof blocksize !== "number" || !(blocksize >= 2) ||
     !Array.isArray(shape) || shape.length !== 2 || !shape.every((size) => Number.isInteger(size) && size > 0)
@@ -237,9 +231,7 @@ export function readQuantState(source: TensorSource, module: string): QuantState
 /** The weight `[out · in]` that `state` stands for, rounded to the dtype that it had before, as bitsandbytes does. */
 export function dequantizeWeight(state: QuantState): Float32Array {
   const values = dequantizeNf4({ ...state, count: state.shape[0] * state.shape[1] });
-  if (state.dtype === "float32") return values;
-  const stored = state.dtype === "float16" ? "F16" : "BF16";
-  return toFloat32(fromFloat32(values, stored), stored);
+  return state.dtype === "float32" ? values : rounded(values, STORED[state.dtype]);
 }
 
 /**

@@ -1,13 +1,11 @@
 /** Writes what was trained: a PEFT adapter folder, or a whole model folder after full training. */
 import { fromFloat32 } from "../data/dtype.ts";
+import { exists } from "../data/files.ts";
 import { openModel, writeSafetensors } from "../data/safetensors.ts";
+import { tokenizerFiles } from "../data/tokenizer.ts";
 import { type LoraConfig, saveAdapter } from "./adapter.ts";
 import { parameterShapes } from "./config.ts";
 import type { Llama } from "./llama.ts";
-
-/** Files of a model folder that are not its weights and go along with it. */
-const COMPANIONS =
-  /^(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|vocab|template)\.json$|^merges\.txt$/;
 
 /**
  * Saves the trained parameters of `llama` into `dir`: with `lora` as a PEFT adapter in float32, else as a model in the
@@ -26,8 +24,9 @@ export async function saveTrained(
     return { name, shape, dtype, data: () => fromFloat32(whole(trained, name), dtype) };
   });
   await writeSafetensors(`${dir}/model.safetensors`, tensors);
-  for (const { name } of Deno.readDirSync(model)) {
-    if (COMPANIONS.test(name)) await Deno.copyFile(`${model}/${name}`, `${dir}/${name}`);
+  const others = ["config.json", "generation_config.json", "template.json"].map((name) => `${model}/${name}`);
+  for (const path of [...others.filter(exists), ...tokenizerFiles(model)]) {
+    await Deno.copyFile(path, `${dir}/${path.split("/").at(-1)}`);
   }
 }
 
@@ -43,15 +42,4 @@ function whole(trained: ReadonlyMap<string, Float32Array>, name: string): Float3
     at += part.length;
   }
   return all;
-}
-
-/** Copies a folder of files (no subfolders) to a new name, whole or not at all. */
-export async function copyFolder(from: string, to: string): Promise<void> {
-  const partial = `${to}.partial`;
-  await Deno.remove(partial, { recursive: true }).catch(() => {});
-  await Deno.mkdir(partial, { recursive: true });
-  for (const { name, isFile } of Deno.readDirSync(from)) {
-    if (isFile) await Deno.copyFile(`${from}/${name}`, `${partial}/${name}`);
-  }
-  await Deno.rename(partial, to);
 }

@@ -8,6 +8,7 @@ import type { Command } from "../gpu/kernel.ts";
 import { profile, run, type Timing } from "../gpu/program.ts";
 import { download, upload } from "../gpu/tensor.ts";
 import { Llama, type LlamaOptions, type MicroBatch, RING } from "./llama.ts";
+import { type BatchLoss, meanByRows } from "./perplexity.ts";
 import { planBytes } from "./plan.ts";
 import { createOptimizer, type Optimizer, type OptimizerKind, readState, writeState } from "./optimizer.ts";
 
@@ -94,12 +95,10 @@ export class Trainer {
     };
   }
 
-  /** Updates whose results have not been read yet: `read` before there are `RING`. */
-  get pending(): number {
-    return this.#pending.length;
-  }
-
-  /** One update, number `step` from 1 on. Gradients are those of the mean loss over all labelled tokens of `batches`. */
+  /**
+   * One update, number `step` from 1 on. Gradients are those of the mean loss over all labelled tokens of `batches`. Its
+   * result waits for `read`, with those of at most `RING` updates.
+   */
   update(batches: readonly MicroBatch[], at: { step: number; learningRate: number }): void {
     for (const commands of this.#programs(batches, at)) run(this.llama.gpu, commands);
   }
@@ -184,17 +183,14 @@ export async function evaluate(
   llama: Llama,
   { batches, rows }: { batches: readonly MicroBatch[]; rows: readonly number[] },
 ): Promise<EvaluationResult> {
-  let weighted = 0, allRows = 0, nllSum = 0, tokens = 0;
+  const losses: BatchLoss[] = [];
   for (let first = 0; first < batches.length; first += RING) {
     const group = batches.slice(first, first + RING);
     const counts = group.map((batch, slot) => llama.evaluate(batch, slot));
     const sums = await llama.losses();
-    counts.forEach((count, slot) => {
-      if (count > 0) weighted += sums[slot]! / count * rows[first + slot]!;
-      allRows += rows[first + slot]!;
-      nllSum += sums[slot]!;
-      tokens += count;
-    });
+    counts.forEach((tokens, slot) => losses.push({ nll: sums[slot]!, tokens, rows: rows[first + slot]! }));
   }
-  return { evalLoss: weighted / allRows, nllSum, tokens };
+  const nllSum = losses.reduce((sum, { nll }) => sum + nll, 0);
+  const tokens = losses.reduce((sum, { tokens }) => sum + tokens, 0);
+  return { evalLoss: meanByRows(losses), nllSum, tokens };
 }

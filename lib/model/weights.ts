@@ -55,8 +55,6 @@ export interface Weights {
   readonly layers: readonly LayerWeights[];
   /** Everything allocated, for the memory table and for `destroy`. */
   readonly tensors: readonly Tensor[];
-  /** Bytes as stored (packed 4-bit codes included), without scratch. */
-  readonly bytes: number;
 }
 
 /** How to hold the weights. */
@@ -180,9 +178,8 @@ export function planWeights(
     down: linear(l, "down"),
   }));
   const norm = vector("model.norm.weight");
-  const bytes = tensors.reduce((sum, t) => sum + (scratch.get(t.name.replace("scratch.", "")) === t ? 0 : t.bytes), 0);
   return {
-    weights: { embed, head, norm, layers, tensors, bytes },
+    weights: { embed, head, norm, layers, tensors },
     async fill() {
       using files = openModel(dir);
       for (const fill of fills) await fill(files);

@@ -41,7 +41,7 @@ export interface FlagOptions {
   readonly renamed?: Readonly<Record<string, string>>;
 }
 
-type Least<T> = { readonly [K in keyof T]?: T[K] extends number ? number : never };
+type Bound<T> = { readonly [K in keyof T]?: T[K] extends number ? number : never };
 
 /** A string default that means "not given". */
 export const unset: string = "";
@@ -151,16 +151,27 @@ export function parseFlags<const T extends Readonly<Record<string, unknown>>>(
   return { ...result, _: given._.map(String) } as Flags<T>;
 }
 
-/** Throws a RangeError that names the flag where a number is below its `least`, or in `whole` and not a whole number. */
+/**
+ * Throws a RangeError that names the flag where a number is less than `whole` or `real` say, or in `whole` and not a whole
+ * number, or not less than `below` says.
+ */
 export function checkNumbers<T extends Readonly<Record<string, unknown>>>(
   opt: T,
-  { whole = {}, real = {} }: { readonly whole?: Least<T>; readonly real?: Least<T> },
+  { whole = {}, real = {}, below = {} }: {
+    readonly whole?: Bound<T>;
+    readonly real?: Bound<T>;
+    readonly below?: Bound<T>;
+  },
 ): void {
   for (const [key, least] of Object.entries({ ...whole, ...real })) {
     const value = opt[key] as number;
     if (value >= least && (key in real || Number.isInteger(value))) continue;
     const wanted = key in real ? "a number" : "a whole number";
     throw new RangeError(`Cannot use --${kebab(key)} ${value}: ${wanted} of at least ${least} is wanted`);
+  }
+  for (const [key, bound] of Object.entries(below)) {
+    if ((opt[key] as number) < (bound as number)) continue;
+    throw new RangeError(`Cannot use --${kebab(key)} ${opt[key]}: a number below ${bound} is wanted`);
   }
 }
 
@@ -239,7 +250,8 @@ function convert(name: string, text: string | boolean | undefined, standard: unk
     return value;
   }
   if (Array.isArray(byDefault)) return value.split(",").map((word) => word.trim()).filter((word) => word !== "");
-  if (typeof byDefault === "string") return value;
+  // A folder has one name, with a slash at its end and without.
+  if (typeof byDefault === "string") return /^\S*[^\s/]\/+$/.test(value) ? value.replace(/\/+$/, "") : value;
   if (value.trim() === "" || !Number.isFinite(Number(value))) throw ill(name, value, "a finite number");
   return Number(value);
 }

@@ -3,6 +3,7 @@
  * unfinished. It never renders, aggregates or compares numbers, and it never touches a folder that no stage made.
  */
 import { createHash } from "node:crypto";
+import { exists } from "../data/files.ts";
 
 /** One file: `path`, size in bytes, SHA-256 in hex, time of the last change in ms since 1970. */
 export interface FileRecord {
@@ -28,6 +29,11 @@ export interface Stage {
   readonly out: string;
   /** Every file that the stage reads, as it was when the stage began. */
   readonly reads: readonly FileRecord[];
+  /**
+   * Removes what an earlier run left; `keep` goes on with it and removes its manifest alone. To be called once nothing
+   * can be refused any more, before the first file is written.
+   */
+  clear(options?: { readonly keep?: boolean }): void;
   /** Hashes what lies under `out`, writes the manifest, and prints it as the last line of stdout. */
   done(result: { readonly numbers: Readonly<Record<string, unknown>>; readonly device?: string }): Promise<void>;
 }
@@ -36,6 +42,7 @@ type StageFlags = { readonly out: string; readonly force: boolean; readonly reci
 
 const MANIFEST = "manifest.json";
 const LOCK = ".lock";
+const CHECKPOINTS = "checkpoints";
 /** Flags that change how a stage runs but not what it writes. */
 const NOT_RECORDED = ["force", "verbose", "help"];
 /** Large enough that a read call costs nothing beside the hashing, small enough to stay in the cache. */
@@ -44,37 +51,44 @@ const READ_BYTES = 1 << 20;
 /**
  * Begins the stage `name` in `opt.out`. If the manifest there agrees with the flags and with every file under `reads`,
  * and all that it wrote is there unchanged, prints that it is up to date and exits 0 (unless `opt.force`). Otherwise
- * locks the folder, empties it of the earlier run (`reuse` keeps the content) and returns the stage. Empty names and
- * `hf:` names in `reads` are not files and are left to the flags. Throws when an input is missing or unfinished, when
- * another process is at work in the folder, or when the folder has files that no run of this stage made.
+ * locks the folder and returns the stage; what an earlier run left stays until `clear`. Empty names and `hf:` names in
+ * `reads` are not files and are left to the flags. Throws when an input is missing or unfinished, when another process
+ * is at work in the folder, or when the folder has files that no run of this stage made. Notes on stderr when an input
+ * was made with the other recipe.
  */
 export async function beginStage(
   name: string,
   opt: StageFlags,
-  options: { readonly reads: readonly string[]; readonly reuse?: boolean },
+  options: { readonly reads: readonly string[] },
 ): Promise<Stage> {
   const began = performance.now();
-  const out = trim(opt.out);
-  const inputs = options.reads.filter((path) => path !== "" && !path.startsWith("hf:")).map(trim);
+  const { out } = opt;
+  const inputs = options.reads.filter((path) => path !== "" && !path.startsWith("hf:"));
   for (const path of inputs) checkInput(path, { out });
   const found = readManifest(out);
   const before = found?.script === name ? found : undefined;
   const known = new Map(before?.reads.map((record) => [record.path, record]));
   for (const path of inputs) addUpstream(path, known);
+  const other = inputs.find((path) => (recipeOf(path) ?? opt.recipe) !== opt.recipe);
   const reads = await records(inputs.flatMap((path) => filesUnder(path).map((file) => [file, file] as const)), known);
   const flags = recorded(opt);
   if (!opt.force && before !== undefined && await agrees(before, { flags, reads, out })) {
     console.log(`${name} is up to date (${out})`);
     Deno.exit(0);
   }
-  const unlock = takeFolder(out, { name, owned: before !== undefined, keep: options.reuse ?? false });
+  const unlock = takeFolder(out, { name, owned: before !== undefined });
+  if (other !== undefined) {
+    const state = `"${other}" was made with --recipe ${recipeOf(other)}, ${name} runs with --recipe ${opt.recipe}`;
+    console.error(`Note: ${state}: RECIPE=blog deno task train gives every stage the same`);
+  }
   return {
     out,
     reads,
+    clear: ({ keep = false } = {}) => emptyFolder(out, keep),
     async done({ numbers, device }) {
       checkFinite("numbers", numbers);
       const writes = await records(
-        filesUnder(out, ["checkpoints"]).map((path) => [path, path.slice(out.length + 1)] as const),
+        filesUnder(out, [CHECKPOINTS]).map((path) => [path, path.slice(out.length + 1)] as const),
         new Map(),
       );
       const seconds = Number(((performance.now() - began) / 1000).toFixed(3));
@@ -139,13 +153,24 @@ export function checkInput(path: string, { out }: { readonly out?: string } = {}
   }
 }
 
+/** The folder of the stage that wrote `path`, if one did. */
+function stageFolder(path: string): string | undefined {
+  for (let dir = path; dir !== ""; dir = dir.slice(0, Math.max(0, dir.lastIndexOf("/")))) {
+    if (exists(`${dir}/${MANIFEST}`)) return dir;
+  }
+}
+
 /** A stage that wrote `path` has hashed it: its records serve as long as size and time of change agree. */
 function addUpstream(path: string, known: Map<string, FileRecord>): void {
-  for (let dir = path; dir !== ""; dir = dir.slice(0, Math.max(0, dir.lastIndexOf("/")))) {
-    if (!exists(`${dir}/${MANIFEST}`)) continue;
-    for (const record of readManifest(dir)?.writes ?? []) known.set(`${dir}/${record.path}`, record);
-    return;
-  }
+  const dir = stageFolder(path);
+  if (dir === undefined) return;
+  for (const record of readManifest(dir)?.writes ?? []) known.set(`${dir}/${record.path}`, record);
+}
+
+/** The recipe that `path` was made with, if a stage made it. */
+function recipeOf(path: string): unknown {
+  const dir = stageFolder(path);
+  return dir === undefined ? undefined : readManifest(dir)?.flags?.recipe;
 }
 
 async function records(
@@ -187,11 +212,11 @@ function fingerprint(flags: Readonly<Record<string, unknown>>): string {
   return JSON.stringify(Object.entries(flags).filter(([key]) => key !== "out").sort());
 }
 
-/** Locks `out` for this process and empties it unless `keep`; returns what releases it. */
-function takeFolder(out: string, stage: { name: string; owned: boolean; keep: boolean }): () => void {
+/** Locks `out` for this process; returns what releases it. */
+function takeFolder(out: string, stage: { name: string; owned: boolean }): () => void {
   Deno.mkdirSync(out, { recursive: true });
   const lock = `${out}/${LOCK}`;
-  const others = [...Deno.readDirSync(out)].map((entry) => entry.name).filter((name) => name !== LOCK);
+  const others = contentOf(out);
   const left = exists(lock) ? Deno.readTextFileSync(lock) : "";
   const owned = stage.owned || left.startsWith(`${stage.name} `);
   if (others.length > 0 && !owned) {
@@ -208,14 +233,25 @@ function takeFolder(out: string, stage: { name: string; owned: boolean; keep: bo
   }
   // Written over, then cut: a process that dies in between still leaves the name that tells whose folder this is.
   file.truncateSync(file.writeSync(new TextEncoder().encode(`${stage.name} pid ${Deno.pid}\n`)));
-  for (const name of others) {
-    if (!stage.keep || name === MANIFEST) Deno.removeSync(`${out}/${name}`, { recursive: true });
-  }
-  if (stage.keep) { for (const path of filesUnder(out)) if (path.endsWith(".tmp")) Deno.removeSync(path); }
   return () => {
     Deno.removeSync(lock);
     file.close();
   };
+}
+
+/** Removes what is in `out`; with `keep` only its manifest and what a killed process was writing. */
+function emptyFolder(out: string, keep: boolean): void {
+  // Without a manifest checkpoints are those of an interrupted run: they go before it, and it before all else.
+  const first = [CHECKPOINTS, MANIFEST], there = contentOf(out);
+  const order = [...first.filter((name) => there.includes(name)), ...there.filter((name) => !first.includes(name))];
+  for (const name of order) {
+    if (!keep || name === MANIFEST) Deno.removeSync(`${out}/${name}`, { recursive: true });
+  }
+  if (keep) { for (const path of filesUnder(out)) if (path.endsWith(".tmp")) Deno.removeSync(path); }
+}
+
+function contentOf(out: string): string[] {
+  return [...Deno.readDirSync(out)].map((entry) => entry.name).filter((name) => name !== LOCK);
 }
 
 /** All files under `path` in a fixed order, without manifests and locks and without folders named in `skip`. */
@@ -226,16 +262,6 @@ function filesUnder(path: string, skip: readonly string[] = []): string[] {
     .flatMap((name) => filesUnder(`${path}/${name}`, skip));
 }
 
-function exists(path: string): boolean {
-  try {
-    Deno.statSync(path);
-    return true;
-  } catch (error) {
-    if (error instanceof Deno.errors.NotFound || error instanceof Deno.errors.NotADirectory) return false;
-    throw error;
-  }
-}
-
 /** JSON has no NaN: it would be written as null and nobody would see it. */
 function checkFinite(name: string, value: unknown): void {
   if (typeof value === "number" && !Number.isFinite(value)) {
@@ -244,8 +270,4 @@ function checkFinite(name: string, value: unknown): void {
   if (typeof value === "object" && value !== null) {
     for (const [key, inner] of Object.entries(value)) checkFinite(`${name}.${key}`, inner);
   }
-}
-
-function trim(path: string): string {
-  return path.length > 1 ? path.replace(/\/+$/, "") : path;
 }

@@ -74,12 +74,17 @@ export function percent(x: number): string {
 
 /** Faint text on a terminal. */
 export function dim(text: string): string {
-  return ansi(2, text);
+  return Deno.stdout.isTerminal() && !Deno.noColor ? `\x1b[2m${text}\x1b[0m` : text;
 }
 
-/** Bold text on a terminal. */
-export function bold(text: string): string {
-  return ansi(1, text);
+/** Bars of files that arrive in their time, for the `onProgress` of a download: one for each path. */
+export function fileBars(): (file: { readonly path: string; readonly done: number; readonly total: number }) => void {
+  const bars = new Map<string, Progress>();
+  return ({ path, done, total }) => {
+    if (!bars.has(path)) bars.set(path, progress(path, total));
+    bars.get(path)!.tick(done);
+    if (done === total) bars.get(path)!.end();
+  };
 }
 
 /**
@@ -145,9 +150,4 @@ function plain(text: string): string {
 /** Characters that take a place on the screen: no ANSI codes, a surrogate pair once. */
 function visible(text: string): number {
   return [...plain(text)].length;
-}
-
-function ansi(code: number, text: string): string {
-  const wanted = Deno.stdout.isTerminal() && !Deno.noColor;
-  return wanted ? `\x1b[${code}m${text}\x1b[0m` : text;
 }

@@ -35,10 +35,8 @@ export interface Series {
 const COLOURS = ["#2f7ed8", "#e07b39", "#3a9d6e", "#a66bbf", "#c9a227", "#7f8c8d"];
 const WIDTH = 640;
 const HEIGHT = 300;
-/** Vega expressions: small numbers with an exponent, and on a logarithmic axis the labels 1, 2 and 5 of each decade. */
+/** A vega expression: small numbers with an exponent. */
 const SMALL_LABEL = "datum.value != 0 && abs(datum.value) < 0.001 ? format(datum.value, '~e') : datum.label";
-const LOG_LABEL = "indexof([1, 2, 5], toNumber(slice(format(datum.value, '.0e'), 0, 1))) < 0 ? '' " +
-  ": datum.value < 0.001 ? format(datum.value, '~e') : format(datum.value, ',~r')";
 /** The chart takes the text colour of the page, or its own when it stands alone. */
 const CHART_STYLE = ".chart{color:#24292f;max-width:100%;height:auto;background:transparent}" +
   "@media(prefers-color-scheme:dark){.chart{color:#e6edf3}}";
@@ -100,10 +98,8 @@ ${parts.join("\n")}
   );
 }
 
-/** Lines over a continuous x; `logY` when values differ by orders of magnitude. Throws when no series has a point. */
-export function lineChart(
-  chart: ChartText & { readonly series: readonly Series[]; readonly logY?: boolean },
-): Promise<string> {
+/** Lines over a continuous x. Throws when no series has a point. */
+export function lineChart(chart: ChartText & { readonly series: readonly Series[] }): Promise<string> {
   const values = chart.series.flatMap(({ name, points }) => points.map(([x, y]) => ({ series: name, x, y })));
   const names = chart.series.map(({ name }) => name);
   return draw(chart, {
@@ -121,8 +117,8 @@ export function lineChart(
         field: "y",
         type: "quantitative",
         title: chart.y,
-        scale: chart.logY === true ? { type: "log" } : { zero: false },
-        axis: { labelExpr: chart.logY === true ? LOG_LABEL : SMALL_LABEL },
+        scale: { zero: false },
+        axis: { labelExpr: SMALL_LABEL },
       },
       color: colour("series", names),
       strokeDash: {

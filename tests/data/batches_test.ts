@@ -50,9 +50,13 @@ Deno.test("trainingBatches() gives an update by its number alone, whatever was a
 
 Deno.test("evaluationBatches() keeps the order of the rows and counts them", () => {
   const rows = rowsOf([[2], [3], [4], [5], [6]]);
-  const { batches, rows: counts } = evaluationBatches(rows, 2);
-  assertEquals(counts, [2, 2, 1]);
+  const { batches, rows: counts, tokens } = evaluationBatches(rows, 2);
+  assertEquals([counts, tokens], [[2, 2, 1], 9]);
   assertEquals(batches.flatMap(({ inputIds }) => [...inputIds]), [...rows.inputIds]);
+});
+
+Deno.test("evaluationBatches() takes more batches than a call can have arguments", () => {
+  assertEquals(evaluationBatches(rowsOf(Array.from({ length: 150_000 }, () => [1])), 1).tokens, 1);
 });
 
 Deno.test("mostTokens() is the sum of the longest rows", () => {

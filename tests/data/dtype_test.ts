@@ -1,6 +1,6 @@
 /** Element conversions against values worked out from the formats' definitions, ties and special values included. */
 import { assert, assertEquals, assertThrows } from "@std/assert";
-import { bf16Round, bitsPerElement, byteLength, f16Round, fromFloat32, toFloat32 } from "../../lib/data/dtype.ts";
+import { bitsPerElement, byteLength, fromFloat32, rounded, toFloat32 } from "../../lib/data/dtype.ts";
 
 const halves = (...bits: number[]) => new Uint8Array(Uint16Array.from(bits).buffer);
 const words = (...bits: number[]) => new Float32Array(Uint32Array.from(bits).buffer);
@@ -26,6 +26,9 @@ Deno.test("every half reads as its definition says and writes back as the same b
     assertEquals(back[half], nan ? (half & 0x8000) | 0x7e00 : half);
   }
 });
+
+const f16Round = (x: number) => rounded(Float32Array.of(x), "F16")[0]!;
+const bf16Round = (x: number) => rounded(Float32Array.of(x), "BF16")[0]!;
 
 Deno.test("every bfloat16 that is a number writes back as the same bits", () => {
   const all = Uint16Array.from({ length: 65536 }, (_, i) => i);

@@ -1,6 +1,6 @@
 /** NF4 and double quantization against bitsandbytes' golden bytes, scales and dequantized values. */
 import { assert, assertAlmostEquals, assertEquals, assertThrows } from "@std/assert";
-import { bf16Round } from "../../lib/data/dtype.ts";
+import { rounded } from "../../lib/data/dtype.ts";
 import {
   dequantizeNf4,
   doubleQuantize,
@@ -40,7 +40,7 @@ Deno.test("quantizeNf4() and doubleQuantize() give bitsandbytes' bytes on every 
   for (const name of names) {
     const fromBf16 = name.startsWith("bf16.");
     const exact = weights.f32(name.replace("bf16.", ""));
-    const values = fromBf16 ? exact.map(bf16Round) : exact;
+    const values = fromBf16 ? rounded(exact, "BF16") : exact;
     const { packed, absmax } = quantizeNf4(values);
     assertEquals(mismatches(packed, file.u8(`${name}.packed`)), 0, name);
     assertEquals(mismatches(absmax, file.f32(`${name}.absmax`)), 0, name);
@@ -54,8 +54,8 @@ Deno.test("quantizeNf4() and doubleQuantize() give bitsandbytes' bytes on every 
     assertEquals(mismatches(scales, file.f32(`${name}.dq.absmax`)), 0, name);
 
     if (!file.names.includes(`${name}.dequant`)) continue;
-    const round = fromBf16 ? bf16Round : (x: number) => x;
-    const decode = (absmax: Float32Array) => dequantizeNf4({ packed, absmax, count: values.length }).map(round);
+    const decode = (absmax: Float32Array) =>
+      rounded(dequantizeNf4({ packed, absmax, count: values.length }), fromBf16 ? "BF16" : "F32");
     assertEquals(mismatches(decode(absmax), file.f32(`${name}.dequant`)), 0, name);
     assertEquals(mismatches(decode(scales), file.f32(`${name}.dq.dequant`)), 0, name);
   }

@@ -40,7 +40,7 @@ Deno.test("readRecords() reads lines that end in CRLF, a byte order mark, blank 
 });
 
 Deno.test("readRecords() reads a JSON array that spans lines, and several files in order", async () => {
-  using dir = folder({ "a.json": '[\n{"text": "1"},\n{"text": "2"}\n]', "b.json": '[{"text": "3"}]' });
+  using dir = folder({ "a.json": '[\n{"text": "1"},\n{"text": "2"}\n]', "b.json": '\ufeff[{"text": "3"}]' });
   const { records } = await readRecords([dir.at("a.json"), dir.at("b.json")]);
   assertEquals(records, [{ text: "1" }, { text: "2" }, { text: "3" }]);
 });

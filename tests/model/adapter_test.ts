@@ -12,7 +12,7 @@ import {
 } from "../../lib/model/adapter.ts";
 import { linearModules, readConfig } from "../../lib/model/config.ts";
 import { openSafetensors, writeSafetensors } from "../../lib/data/safetensors.ts";
-import { bf16Round } from "../../lib/data/dtype.ts";
+import { rounded } from "../../lib/data/dtype.ts";
 import { goldenPath } from "../check.ts";
 
 interface Initial {
@@ -130,7 +130,7 @@ Deno.test("an adapter comes back from bfloat16 rounded once, and from float32 un
     const tensors = initAdapter(tiny, lora, 1);
     for (const dtype of ["float32", "bfloat16"] as const) {
       await saveAdapter(dir, lora, tensors, dtype);
-      const wanted = dtype === "float32" ? tensors : new Map([...tensors].map(([n, t]) => [n, t.map(bf16Round)]));
+      const wanted = dtype === "float32" ? tensors : new Map([...tensors].map(([n, t]) => [n, rounded(t, "BF16")]));
       assertEquals(readAdapter(dir, tiny).tensors, wanted);
     }
   });

@@ -15,9 +15,9 @@ import {
   halfSplitRows,
   openCheckpoint,
   planConversion,
-  tokenizerFiles,
 } from "../../lib/model/medslm.ts";
 import { readConfig } from "../../lib/model/config.ts";
+import { tokenizerFiles } from "../../lib/data/tokenizer.ts";
 import { rebuilt } from "../golden/rebuild.ts";
 
 const fixtures = new URL("../../fixtures/", import.meta.url).pathname;

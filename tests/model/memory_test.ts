@@ -33,7 +33,7 @@ async function training(body: (update: (count: number) => Promise<void>) => Prom
   await body(async (count) => {
     for (let i = 0; i < count; i++) {
       trainer.update([batch], { step: ++step, learningRate: 1e-3 });
-      if (trainer.pending === 16) await trainer.read();
+      if (i % 16 === 15) await trainer.read();
     }
     await trainer.read();
   });

@@ -1,6 +1,6 @@
 /** The 4-bit folder against the one that transformers and bitsandbytes saved: every tensor, every byte. */
 import { assert, assertEquals, assertRejects, assertThrows } from "@std/assert";
-import { bf16Round, fromFloat32, toFloat32 } from "../../lib/data/dtype.ts";
+import { fromFloat32, rounded, toFloat32 } from "../../lib/data/dtype.ts";
 import { dequantizeNf4, quantizeNf4 } from "../../lib/data/nf4.ts";
 import { openModel, openSafetensors, type TensorSource, writeSafetensors } from "../../lib/data/safetensors.ts";
 import { type ModelConfig, parameterShapes, readConfig } from "../../lib/model/config.ts";
@@ -55,7 +55,7 @@ Deno.test("a bfloat16 model gives transformers' file byte for byte too", async (
     // The weights that a bfloat16 model computes with are rounded to bfloat16.
     using source = openModel(out);
     const weight = dequantizeWeight(readQuantState(source, QUERY));
-    assertEquals(weight, weight.map(bf16Round));
+    assertEquals(weight, rounded(weight, "BF16"));
   });
 });
 

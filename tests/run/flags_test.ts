@@ -69,6 +69,12 @@ Deno.test("flags() reads numbers, words, lists, empty values and negative ones",
   assertEquals(parse("--out elsewhere").out, "elsewhere");
 });
 
+Deno.test("flags() takes the slash from the end of a folder's name, and from no sentence", () => {
+  assertEquals(parse("--model artifacts/02_load/ --out=a//"), { ...parse("--model artifacts/02_load --out a") });
+  assertEquals(parse("--model /").model, "/");
+  assertEquals(parseFlags(["--model", "yes and/"], defaults, { script: "x" }).model, "yes and/");
+});
+
 Deno.test("flags() reads a truth value alone, negated, or spelt out", () => {
   assertEquals(parse("--private").private, true);
   assertEquals(parse("--private false").private, false);
@@ -128,6 +134,8 @@ Deno.test("checkNumbers() refuses numbers below their least and halves where who
   );
   assertThrows(() => checkNumbers(opt, { whole: { epochs: 0 } }), RangeError, "--epochs 0.5: a whole number");
   assertThrows(() => checkNumbers(opt, { real: { epochs: 1 } }), RangeError, "--epochs 0.5: a number of at least 1");
+  checkNumbers(opt, { below: { epochs: 1 } });
+  assertThrows(() => checkNumbers(opt, { below: { epochs: 0.5 } }), RangeError, "--epochs 0.5: a number below 0.5 is");
 });
 
 Deno.test("--help is the header of the script, and each flag with its default and the comment beside it", () => {

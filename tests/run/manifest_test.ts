@@ -11,8 +11,10 @@ const CONFIG = new URL("../../deno.json", import.meta.url).pathname;
 const SCRIPT = `/** A stage. */
 import { flags } from "${LIB}flags.ts";
 import { beginStage } from "${LIB}manifest.ts";
-const opt = flags(import.meta, { source: "in", factor: 2, wait: false, bad: false, reuse: false, name: "09_copy" });
-const stage = await beginStage(opt.name, opt, { reads: [opt.source, "", "hf:owner/name"], reuse: opt.reuse });
+const opt = flags(import.meta, { source: "in", factor: 2, wait: false, bad: false, reuse: false, refuse: false, name: "09_copy" });
+const stage = await beginStage(opt.name, opt, { reads: [opt.source, "", "hf:owner/name"] });
+if (opt.refuse) throw new RangeError("Cannot use this input: it is bad");
+stage.clear({ keep: opt.reuse });
 console.log("working");
 for (const { name } of [...Deno.readDirSync(opt.source)].filter((entry) => entry.name.endsWith(".txt"))) {
   Deno.writeTextFileSync(stage.out + "/" + name, Deno.readTextFileSync(opt.source + "/" + name).toUpperCase());
@@ -94,7 +96,7 @@ Deno.test("a stage writes down what it read, wrote and measured, and prints it a
       device: "a device",
       numbers: { factor: 3, list: [1, 2] },
     });
-    const asked = { source: "in", factor: 3, wait: false, bad: false, reuse: false, name: "09_copy" };
+    const asked = { source: "in", factor: 3, wait: false, bad: false, reuse: false, refuse: false, name: "09_copy" };
     assertEquals(flags, { ...asked, recipe: "tiny", out: OUT });
     const short = (list: Manifest["reads"]) => list.map(({ path, bytes, sha256 }) => [path, bytes, sha256]);
     assertEquals(short(manifest.reads), [["in/a.txt", 5, sha256("first")], ["in/sub/b.txt", 6, sha256("second")]]);
@@ -151,6 +153,29 @@ Deno.test("a stage empties its folder of an earlier run, unless it goes on with 
     assertEquals(readManifest(`${dir}/${OUT}`)!.writes.map(({ path }) => path), ["a.txt", "deep/er/last", "old.txt"]);
     assertEquals((await run("--force")).code, 0);
     assertEquals(files().includes(`${OUT}/old.txt`), false);
+  }));
+
+Deno.test("a stage that refuses its input leaves the earlier result as it was", () =>
+  onBench(async ({ dir, run, files }) => {
+    await run();
+    const before = files().map((path) => [path, Deno.readTextFileSync(`${dir}/${path}`)]);
+    for (const line of ["--refuse", "--refuse --force", "--refuse --factor 3 --reuse"]) {
+      assertEquals(await run(line), { code: 1, out: "", err: "Cannot use this input: it is bad\n" });
+      const after = files().filter((path) => !path.endsWith("/.lock"));
+      assertEquals(after.map((path) => [path, Deno.readTextFileSync(`${dir}/${path}`)]), before);
+    }
+    assertEquals(await run(), { code: 0, out: UP_TO_DATE, err: "" });
+  }));
+
+Deno.test("a stage says in one line that an input was made with another recipe", () =>
+  onBench(async ({ run }) => {
+    await run("--out artifacts/01_first --name 01_first");
+    const read = "--source artifacts/01_first/deep";
+    assertEquals((await run(read)).err, "");
+    const { code, err } = await run(`${read} --recipe blog`);
+    const said = 'Note: "artifacts/01_first/deep" was made with --recipe tiny, 09_copy runs with --recipe blog: ' +
+      "RECIPE=blog deno task train gives every stage the same\n";
+    assertEquals([code, err], [0, said]);
   }));
 
 Deno.test("a stage that fails or is killed leaves no manifest, and the next run does all of it", () =>

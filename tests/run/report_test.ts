@@ -25,13 +25,10 @@ Deno.test("lineChart() draws each series through its points, dashed where it is 
   }
 });
 
-Deno.test("lineChart() with logY gives equal factors equal heights and small numbers an exponent", async () => {
-  const points = [[0, 1e-3], [1, 1e-4], [2, 1e-5]] as const;
-  const svg = await lineChart({ ...text, series: [{ name: "rate", points }], logY: true });
-  const [, y0, , y1, , y2] = numbers(paths(marks(svg, "line")[0]!)[0]!) as [0, number, 0, number, 0, number];
-  assert(y1 - y0 > 10 && Math.abs((y1 - y0) - (y2 - y1)) < 0.01);
-  for (const label of ["0.001", "1e-4", "2e-5", "1e-5"]) assertStringIncludes(svg, `>${label}</text>`);
-  assertNotMatch(svg, />8e-5</);
+Deno.test("lineChart() gives small numbers an exponent", async () => {
+  const points = [[0, 1e-3], [1, 1e-4], [2, 0]] as const;
+  const svg = await lineChart({ ...text, series: [{ name: "rate", points }] });
+  for (const label of ["1e-4", "2e-4"]) assertStringIncludes(svg, `>${label}</text>`);
   assertNotMatch(svg, />rate</, "one series needs no legend");
 });
 

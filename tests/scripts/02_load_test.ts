@@ -1,13 +1,16 @@
 /** What 02 refuses, each in one line on stderr with status 1. */
-import { assertRefused, attempt, inFolder, NO_GPU, ROOT } from "./process.ts";
+import { assertRefused, attempt, earlierResult, inFolder, NO_GPU, ROOT } from "./process.ts";
 
 Deno.test(
   "02 refuses a model that is missing, unfinished, not converted or in 4 bit already",
   { ignore: NO_GPU },
   () =>
     inFolder(async (dir) => {
-      const refused = async (line: string, message: RegExp) =>
+      const assertKept = earlierResult(dir, "02_load");
+      const refused = async (line: string, message: RegExp) => {
         assertRefused(await attempt(dir, "02_load", line), message);
+        assertKept();
+      };
       await refused("", /^Cannot read "artifacts\/01_convert": run "deno task 01" first$/m);
       Deno.mkdirSync(`${dir}/artifacts/01_convert`, { recursive: true });
       await refused(

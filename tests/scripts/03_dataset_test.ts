@@ -1,14 +1,19 @@
 /** What 03 refuses, each in one line on stderr with status 1. */
-import { assertRefused, attempt, inFolder, ROOT } from "./process.ts";
+import { assertRefused, attempt, earlierResult, inFolder, ROOT } from "./process.ts";
 
 Deno.test("03 refuses data that it would have to guess at, and rows that teach nothing", () =>
   inFolder(async (dir) => {
     Deno.symlinkSync(`${ROOT}fixtures/tiny/tokenizer`, `${dir}/tokenizer`);
-    const refused = async (line: string, message: RegExp) =>
+    const assertKept = earlierResult(dir, "03_dataset");
+    const refused = async (line: string, message: RegExp) => {
       assertRefused(await attempt(dir, "03_dataset", `--tokenizer tokenizer ${line}`), message);
+      assertKept();
+    };
     await refused("--source nowhere", /^Cannot read "nowhere": no such file or folder$/m);
     await refused("--source qa --tokenizer qa", /^Cannot read "qa\/tokenizer.json": no such file or folder$/m);
     await refused("--source qa --template mine.jinja", /^Cannot read "mine.jinja": no such file or folder$/m);
+    Deno.writeTextFileSync(`${dir}/open.jinja`, "{% if messages %}");
+    await refused("--source qa --template open.jinja", /^Cannot parse the chat template: /);
     await refused("--source qa --packing dense", /"dense" is not one of bfd, bfd_split, wrapped, none$/m);
     await refused(
       "--source qa --max-seq-length ten",

@@ -1,13 +1,16 @@
 /** What 04 refuses, each in one line on stderr with status 1. */
-import { assertRefused, attempt, inFolder, NO_GPU, ROOT } from "./process.ts";
+import { assertRefused, attempt, earlierResult, inFolder, NO_GPU, ROOT } from "./process.ts";
 
 Deno.test(
   "04 refuses a model that was not loaded for an adapter, and adapters that cannot be",
   { ignore: NO_GPU },
   () =>
     inFolder(async (dir) => {
-      const refused = async (line: string, message: RegExp) =>
+      const assertKept = earlierResult(dir, "04_lora");
+      const refused = async (line: string, message: RegExp) => {
         assertRefused(await attempt(dir, "04_lora", line), message);
+        assertKept();
+      };
       await refused("", /^Cannot read "artifacts\/02_load": run "deno task 02" first$/m);
       await refused("--model qa", /^Cannot read "qa\/load.json": no such file$/m);
 

@@ -9,8 +9,10 @@ import {
   assertRefused,
   attempt,
   command,
+  contentOf,
   inFolder,
   NO_GPU,
+  readJson,
   ROOT,
   stage,
   walk,
@@ -44,6 +46,8 @@ Deno.test("05 refuses what does not fit together, and says which", { ignore: NO_
     );
     await refused("--max-steps 0 --epochs 0", /^Cannot plan a run of 0 epochs and at most 0 steps: /);
     await refused("--warmup-ratio 2", /^Cannot warm up for 2 of the run: the ratio must lie between 0 and 1$/m);
+    await refused("--beta1 1", /^Cannot use --beta1 1: a number below 1 is wanted$/m);
+    await refused("--beta2 1.5", /^Cannot use --beta2 1.5: a number below 1 is wanted$/m);
     await refused("--optimizer sgd", /^Cannot read flag "--optimizer": "sgd" is not one of adamw, adamw_8bit$/m);
 
     // An adapter of another model, and one that asks for what is not computed.
@@ -78,6 +82,7 @@ Deno.test("05 refuses what does not fit together, and says which", { ignore: NO_
       { metadata: { tokenizer_sha256: "0" } },
       /: its tokens are not of the tokenizer in "artifacts\/02_load": run/,
     );
+    await refused("--dataset data --model artifacts/02_load/", /: its tokens are not of the tokenizer in /);
     Deno.writeFileSync(
       `${data}/train.safetensors`,
       Deno.readFileSync(`${original}/train.safetensors`).subarray(0, 999),
@@ -122,6 +127,43 @@ Deno.test("05 refuses what does not fit together, and says which", { ignore: NO_
     );
     assertStringIncludes(log(`${dir}/wild`), '"step":1,');
     assert(!log(`${dir}/wild`).includes("null"));
+  }));
+
+Deno.test("05 saves the best of its updates, goes on with an adapter, and begins anew after a finished run", {
+  ignore: NO_GPU,
+}, () =>
+  inFolder(async (dir) => {
+    const at = (path: string) => `${dir}/artifacts/05_train/${path}`;
+    await stage(dir, "01_convert", "--source tiny");
+    await stage(dir, "02_load");
+    await stage(dir, "03_dataset", "--source qa");
+    await stage(dir, "04_lora");
+
+    // A rate that only harms: the model as it came is no candidate, so the least bad update is saved, and it says so.
+    const harm = "--max-steps 3 --batch-size 2 --eval-steps 1 --learning-rate 3 --warmup-ratio 0 --max-grad-norm 0";
+    const worse = await stage(dir, "05_train", `${harm} --save-steps 1 --profile 2`);
+    const { best_step, best_eval_loss, first_eval_loss } = worse.numbers as Record<string, number>;
+    assert(best_step! >= 1 && best_eval_loss! > first_eval_loss!, `${best_step}: ${best_eval_loss}`);
+    assertStringIncludes(worse.printed, "Validation was no better after any update than before training.\n");
+    const [saved, best] = ["adapter", "checkpoints/best"].map((name) => at(`${name}/adapter_model.safetensors`));
+    assertEquals(Deno.readFileSync(saved!), Deno.readFileSync(best!));
+
+    // A mistake leaves the finished run as it was; another run does not take its checkpoints for its own.
+    const before = contentOf(at(""));
+    for (const mistake of ["--warmup-ratio 2", "--epochs 0", `--adapter ${ROOT}fixtures/golden/tiny/lora_adapter`]) {
+      assertRefused(await attempt(dir, "05_train", mistake), /^Cannot /);
+      assertEquals(contentOf(at("")), before);
+    }
+    const few = "--max-steps 2 --batch-size 2 --learning-rate 1e-2 --warmup-ratio 0";
+    const run = await stage(dir, "05_train", few);
+    assert(!run.printed.includes("Going on"), run.printed);
+    assertEquals(run.writes.filter(({ path }) => path === "trace.json"), []);
+
+    // An adapter that is trained further with dropout sees another model in its first update than the evaluation does.
+    const config = readJson(at("adapter/adapter_config.json"));
+    copy(at("adapter"), `${dir}/more`);
+    Deno.writeTextFileSync(`${dir}/more/adapter_config.json`, JSON.stringify({ ...config, lora_dropout: 0.5 }));
+    await stage(dir, "05_train", `${few} --adapter more --out further`);
   }));
 
 function copy(from: string, to: string): string {

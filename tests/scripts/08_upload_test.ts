@@ -209,6 +209,20 @@ Deno.test("08 in parts with a broken connection and a 503 says that it tries aga
     assertEquals(hub.files("models/you/med")!.get("model.safetensors")!.bytes.length, 300_000);
   }, { chunk: 100_000 }));
 
+Deno.test("08 takes a folder of this machine for no name on the hub, whatever it looks like", () =>
+  trial(async ({ dir, run }) => {
+    const config = `${dir}/artifacts/07_merge/lora_adapters/adapter_config.json`;
+    write(config, { ...lora, base_model_name_or_path: "mine/01_convert" });
+    assert(!(await run(["--force"], "")).out.includes("which nobody else has"), "nothing tells it from a name");
+    Deno.mkdirSync(`${dir}/mine/01_convert`, { recursive: true });
+    assertMatch(
+      (await run(["--force"], "")).out,
+      /base is "mine\/01_convert", which nobody else has: a real upload needs/,
+    );
+    const card = Deno.readTextFileSync(`${dir}/artifacts/08_upload/lora_adapters/README.md`);
+    assert(!card.includes("mine/01_convert"), card);
+  }));
+
 Deno.test("what 08 refuses is one sentence, and nothing is asked or written before", () =>
   trial(async ({ hub, dir, run }) => {
     const real = [...NAMES, "--dry-run", "false"];
@@ -220,7 +234,11 @@ Deno.test("what 08 refuses is one sentence, and nothing is asked or written befo
     refused(await run(["--dry-run", "false"]), /"you\/medslm-tiny-lora": it is only an example/);
     refused(await run([...real, "--hub-url", "http://example.org"]), /http is not encrypted/);
     refused(await run([...real, "--merge", "artifacts/nothing"]), /^Cannot read "artifacts\/nothing/);
+    await run([], "");
+    const dry = Deno.readTextFileSync(`${dir}/artifacts/08_upload/manifest.json`);
     refused(await run([...real, "--base-model", ""]), /its base is "artifacts\/01_convert", which nobody else has/);
+    assertEquals(Deno.readTextFileSync(`${dir}/artifacts/08_upload/manifest.json`), dry, "a mistake costs the dry run");
+    Deno.removeSync(`${dir}/artifacts/08_upload`, { recursive: true });
     const asked = hub.seen.filter(({ line }) => line !== "GET /api/whoami-v2");
     assertEquals(asked.length, 0);
     refused(await run(real, "hf_" + "f".repeat(34)), /^Cannot use HF_TOKEN: the hub does not accept the token \(401/);

@@ -1,8 +1,9 @@
 /** ask as a process: what it answers with, which prompt it makes, and its refusals. */
-import { assert, assertEquals, assertMatch } from "@std/assert";
+import { assert, assertEquals, assertMatch, assertStringIncludes } from "@std/assert";
 import { chatTemplate } from "../../lib/data/template.ts";
 import { loadTokenizer } from "../../lib/data/tokenizer.ts";
 import { generateAll } from "../../lib/model/generate.ts";
+import { sha256File } from "../../lib/run/manifest.ts";
 import { goldenPath } from "../check.ts";
 
 const SCRIPT = new URL("../../scripts/ask.ts", import.meta.url).pathname;
@@ -26,9 +27,9 @@ async function ask(dir: string, args: string[]): Promise<{ code: number; out: st
   return { code, out: text.decode(stdout), err: text.decode(stderr) };
 }
 
-/** The answer between the notice and the last line. */
+/** The answer between the notices and the last line. */
 function answerOf(out: string): string {
-  const [, answer] = new RegExp(`^${NOTICE}\n\n([^]*)\n\n\\d+ tokens in [^\n]+\n$`).exec(out) ?? [];
+  const [, answer] = new RegExp(`^${NOTICE}\n[^\n]+ answers\\.\n\n([^]*)\n\n\\d+ tokens in [^\n]+\n$`).exec(out) ?? [];
   assert(answer !== undefined, out);
   return answer;
 }
@@ -43,28 +44,42 @@ async function trial(body: (dir: string) => Promise<void>): Promise<void> {
   await body(dir).finally(() => Deno.removeSync(dir, { recursive: true }));
 }
 
-Deno.test("ask --raw --greedy writes transformers' text: converted model and adapter, then the merged model", {
+Deno.test("ask --raw --greedy writes transformers' text: of the merged model where it is of the present adapter", {
   ignore,
 }, () =>
   trial(async (dir) => {
     const how = ["--raw", "--greedy", "--max-new-tokens", "40", "--repetition-penalty"];
-    const expected = async (model: string, penalty: number) => {
+    const expected = async (model: string, penalty: number, name: string) => {
       const { prompt_ids, new_ids } = greedy.find((of) => of.model === model && of.repetition_penalty === penalty)!;
       const { code, out, err } = await ask(dir, [tokenizer.decode(prompt_ids), ...how, String(penalty)]);
       assertEquals([code, err], [0, ""]);
       assertEquals(answerOf(out), tokenizer.decode(new_ids, { skipSpecialTokens: true }));
+      assertStringIncludes(out, `\n${name} answers.\n`);
       assertMatch(out, /\n40 tokens in [\d.]+ m?s, [\d,]+ tokens\/s, cut off by --max-new-tokens\n$/);
     };
     copy(goldenPath("tiny/model_hf"), `${dir}/artifacts/01_convert`);
     copy(goldenPath("tiny/tokenizer"), `${dir}/artifacts/01_convert`);
     copy(adapter, `${dir}/artifacts/05_train/adapter`);
-    await expected("model_hf + generate_adapter", 1.1);
-    copy(`${dir}/artifacts/01_convert`, `${dir}/artifacts/07_merge/merged_model`);
-    await expected("model_hf", 1);
+    const apart = "artifacts/01_convert with artifacts/05_train/adapter", merged = "artifacts/07_merge/merged_model";
+    await expected("model_hf + generate_adapter", 1.1, apart);
+    // What stands for the merge is the base: its answer shows who gave it.
+    copy(`${dir}/artifacts/01_convert`, `${dir}/${merged}`);
+    await expected("model_hf + generate_adapter", 1.1, apart);
+    const reads = ["adapter_config.json", "adapter_model.safetensors"].map((name) => {
+      const path = `artifacts/05_train/adapter/${name}`;
+      return { path, sha256: sha256File(`${dir}/${path}`) };
+    });
+    const manifest = `${dir}/artifacts/07_merge/manifest.json`;
+    Deno.writeTextFileSync(manifest, JSON.stringify({ reads }));
+    await expected("model_hf", 1, merged);
+    Deno.writeTextFileSync(manifest, JSON.stringify({ reads: [reads[0], { ...reads[1], sha256: "another" }] }));
+    await expected("model_hf + generate_adapter", 1.1, apart);
+    Deno.removeSync(`${dir}/artifacts/05_train`, { recursive: true });
+    await expected("model_hf", 1, merged);
   }));
 
 Deno.test(
-  "ask makes the prompt with the template beside the model, and draws by the seed",
+  "ask makes the prompt with the template beside the model or the adapter, and draws by the seed",
   { ignore },
   () =>
     trial(async (dir) => {
@@ -76,8 +91,11 @@ Deno.test(
         eos_token: "",
       };
       Deno.writeTextFileSync(`${dir}/model/template.json`, JSON.stringify(source));
-      const prompt = tokenizer.encode(chatTemplate(source).renderPrompt("why not"));
-      const expected = async (seed: number) => {
+      const own = { ...source, system: "and" };
+      copy(adapter, `${dir}/adapter`);
+      Deno.writeTextFileSync(`${dir}/adapter/template.json`, JSON.stringify(own));
+      const expected = async (seed: number, of = source) => {
+        const prompt = tokenizer.encode(chatTemplate(of).renderPrompt("why not"));
         const sampling = { temperature: 0.7, topP: 0.9, topK: 5, repetitionPenalty: 1.1, maxNewTokens: 30, seed };
         const [answer] = await generateAll({ model: `${dir}/model`, adapter, ...sampling }, [prompt]);
         return tokenizer.decode(answer!.ids, { skipSpecialTokens: true });
@@ -85,6 +103,8 @@ Deno.test(
       const given = ["--model", "model", "--adapter", adapter, "--max-new-tokens", "30", "--top-k", "5"];
       assertEquals(answerOf((await ask(dir, ["why", "not", ...given])).out), await expected(42));
       assertEquals(answerOf((await ask(dir, ["why not", ...given, "--seed", "9"])).out), await expected(9));
+      const beside = ["why not", ...given, "--adapter", "adapter"];
+      assertEquals(answerOf((await ask(dir, beside)).out), await expected(42, own), "that of the adapter comes first");
     }),
 );
 

@@ -5,6 +5,7 @@
 import { assert, assertAlmostEquals, assertEquals, assertGreater, assertLess, assertStringIncludes } from "@std/assert";
 import { batchOf, evaluationBatches, mostTokens } from "../../lib/data/batches.ts";
 import { epochOrder, nextTokenTargets, readRows } from "../../lib/data/dataset.ts";
+import { exists } from "../../lib/data/files.ts";
 import { openModel, openSafetensors } from "../../lib/data/safetensors.ts";
 import { readAdapter } from "../../lib/model/adapter.ts";
 import { linearModules, readConfig } from "../../lib/model/config.ts";
@@ -13,7 +14,17 @@ import { largestDifference } from "../../lib/model/merge.ts";
 import { learningRate } from "../../lib/model/schedule.ts";
 import { evaluate, labelledTokens } from "../../lib/model/trainer.ts";
 import type { Manifest } from "../../lib/run/manifest.ts";
-import { assertNothingPartial, attempt, inFolder, NO_GPU, readJson, stage, walk } from "./process.ts";
+import {
+  assertNothingPartial,
+  assertRefused,
+  attempt,
+  contentOf,
+  inFolder,
+  NO_GPU,
+  readJson,
+  stage,
+  walk,
+} from "./process.ts";
 
 type Numbers = Record<string, number>;
 /** A line of log.jsonl. */
@@ -251,6 +262,47 @@ Deno.test(
       assertEquals(loraRun.numbers.mode, "lora");
       const fresh = elements(at("04_lora/adapter_model.safetensors"));
       assertEquals(elements(at("05_train/adapter/adapter_model.safetensors")), fresh);
+      assert(!exists(at("05_train/model")), "the model of the run before is still there");
       assertNothingPartial(dir);
+
+      // ask answers from the merge as long as it is of the adapter that is there, and says so.
+      const answers = async (name: string) => {
+        const { code, out, err } = await attempt(dir, "ask", "Why? --max-new-tokens 2");
+        assertEquals([code, err], [0, ""]);
+        assertStringIncludes(out, `\n${name} answers.\n`);
+      };
+      await stage(dir, "07_merge");
+      await answers("artifacts/07_merge/merged_model");
+      const before = contentOf(at("07_merge"));
+      assertRefused(
+        await attempt(dir, "07_merge", "--base nf4"),
+        /its weights are not in 4 bit: merge with --base orig/,
+      );
+      assertEquals(contentOf(at("07_merge")), before);
+      const short = "--max-steps 1 --batch-size 2 --eval-steps 0 --save-steps 0";
+      await stage(dir, "05_train", `${short} --seed 1`);
+      await answers("artifacts/01_convert with artifacts/05_train/adapter");
+
+      // All weights after LoRA: the adapter is gone, and whoever would use it says what there is instead.
+      for (const name of ["chat_template.jinja", "added_tokens.json"]) {
+        Deno.writeTextFileSync(at(`01_convert/${name}`), "{}");
+      }
+      await stage(dir, "02_load", "--mode full");
+      const after = await stage(dir, "05_train", `${short} --batch-size 4 --gradient-accumulation 2`);
+      // Two of the three batches of an epoch, although this update is one of its two.
+      assertEquals(logOf(at("05_train")).updates[0]!.epoch, 2 / 3);
+      assertEquals(readJson(at("05_train/trainer_state.json")).epoch, 2 / 3);
+      assert(!exists(at("05_train/adapter")), "the adapter of the run before is still there");
+      const files = after.writes.map(({ path }) => path);
+      for (const name of ["tokenizer.json", "chat_template.jinja", "added_tokens.json"]) {
+        assert(files.includes(`model/${name}`), name);
+      }
+      await answers("artifacts/05_train/model");
+      assertEquals((await stage(dir, "07_merge")).numbers.nothing_to_merge, true);
+      assertEquals(walk(at("07_merge")), [at("07_merge/manifest.json")]);
+      assertRefused(
+        await attempt(dir, "08_upload"),
+        /^Cannot upload: all weights were trained, .*: the trained model is the folder "artifacts\/05_train\/model", which/,
+      );
     }),
 );

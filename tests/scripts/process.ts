@@ -61,6 +61,22 @@ export function assertRefused({ code, out, err }: Result, message: RegExp): void
   assertMatch(err, message);
 }
 
+/** What lies under a folder, locks aside, by path. */
+export function contentOf(dir: string): Map<string, Uint8Array> {
+  return new Map(walk(dir).filter((path) => !path.endsWith("/.lock")).map((path) => [path, Deno.readFileSync(path)]));
+}
+
+/** Puts an earlier result of a stage into its folder; gives what asserts that it is still there. */
+export function earlierResult(dir: string, script: string): () => void {
+  const out = `${dir}/artifacts/${script}`;
+  Deno.mkdirSync(out, { recursive: true });
+  Deno.writeTextFileSync(`${out}/result`, "of an earlier run");
+  const manifest = { script, flags: {}, seconds: 1, device: null, reads: [], writes: [], numbers: {} };
+  Deno.writeTextFileSync(`${out}/manifest.json`, JSON.stringify(manifest));
+  const before = contentOf(out);
+  return () => assertEquals(contentOf(out), before);
+}
+
 /** All files under a folder, and none of what a process leaves while it writes. */
 export function assertNothingPartial(dir: string): void {
   const left = walk(dir).filter((path) => /\.(tmp|partial)(\/|$)/.test(path));

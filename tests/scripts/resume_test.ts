@@ -3,6 +3,7 @@
  * end with the very bits of a run that nobody killed. Then what may stand against going on: other settings, a damaged file.
  */
 import { assert, assertEquals, assertGreater, assertMatch, assertStringIncludes } from "@std/assert";
+import { exists } from "../../lib/data/files.ts";
 import { openSafetensors } from "../../lib/data/safetensors.ts";
 import { listCheckpoints } from "../../lib/model/checkpoint.ts";
 import {
@@ -10,24 +11,15 @@ import {
   assertRefused,
   attempt,
   command,
+  contentOf,
   inFolder,
   NO_GPU,
   readJson,
   stage,
-  walk,
 } from "./process.ts";
 
 /** When to kill: as soon as this is true of the run's folder. */
 type Moment = (out: string) => boolean;
-
-function exists(path: string): boolean {
-  try {
-    return Deno.statSync(path) !== undefined;
-  } catch (error) {
-    if (error instanceof Deno.errors.NotFound) return false;
-    throw error;
-  }
-}
 
 function lines(path: string): number {
   return exists(path) ? Deno.readTextFileSync(path).split("\n").length - 1 : 0;
@@ -110,10 +102,6 @@ function assertSame(dir: string, [a, b]: [string, string], result: string): void
   assertNothingPartial(other);
 }
 
-function digestsOf(out: string): Map<string, Uint8Array> {
-  return new Map(walk(out).filter((path) => !path.endsWith("/.lock")).map((path) => [path, Deno.readFileSync(path)]));
-}
-
 Deno.test(
   "a QLoRA run that is killed five times ends with the bits of one that is not",
   { ignore: NO_GPU },
@@ -137,14 +125,14 @@ Deno.test(
       assertGreater(before.length, 1);
 
       // Other settings: a sentence, and nothing is touched.
-      const untouched = digestsOf(out);
+      const untouched = contentOf(out);
       const refused = await attempt(dir, "05_train", `${line} --learning-rate 1e-3`);
       assertRefused(
         refused,
         /^Cannot resume from "killed\/checkpoints\/step-\d+": it was made with --learning-rate 0.004, /,
       );
       assertMatch(refused.err, /not 0.001: go on as the run began, or start over with --no-resume\n$/);
-      assertEquals(digestsOf(out), untouched);
+      assertEquals(contentOf(out), untouched);
 
       // The newest checkpoint is damaged: the sentence names it, and without it the run goes on from the one before.
       const { path: newest } = before.at(-1)!, { path: older } = before.at(-2)!;

@@ -1,0 +1,35 @@
+/**
+ * Files and folders as every part of the project asks for them: whether one is there, one removed, one copied whole. A
+ * path that is not there is an answer; any other failure of the file system is an error.
+ */
+
+/** Whether there is a file or a folder at `path`. */
+export function exists(path: string): boolean {
+  try {
+    Deno.statSync(path);
+    return true;
+  } catch (error) {
+    if (error instanceof Deno.errors.NotFound || error instanceof Deno.errors.NotADirectory) return false;
+    throw error;
+  }
+}
+
+/** Removes a file, or a folder with all that is in it, where there is one. */
+export async function removeIfThere(path: string): Promise<void> {
+  try {
+    await Deno.remove(path, { recursive: true });
+  } catch (error) {
+    if (!(error instanceof Deno.errors.NotFound)) throw error;
+  }
+}
+
+/** Copies a folder of files (no subfolders) to a new name, whole or not at all. */
+export async function copyFolder(from: string, to: string): Promise<void> {
+  const partial = `${to}.partial`;
+  await removeIfThere(partial);
+  await Deno.mkdir(partial, { recursive: true });
+  for (const { name, isFile } of Deno.readDirSync(from)) {
+    if (isFile) await Deno.copyFile(`${from}/${name}`, `${partial}/${name}`);
+  }
+  await Deno.rename(partial, to);
+}
