@@ -91,19 +91,21 @@ if (wanted("generate")) {
       generated.push(await benchGenerate(of, how));
     });
   }
-  console.log(
-    "\n" + table([
-      ["Generation", "sequences", "tokens/s", "first token ms", "GB/s", "of copy"],
-      ...generated.map((g) => [
-        g.name,
-        g.sequences,
-        figure(g.tokens_per_s),
-        figure(g.first_token_ms),
-        figure(g.gbps),
-        percent(g.share),
-      ]),
-    ], { header: true }),
-  );
+  if (generated.length > 0) {
+    console.log(
+      "\n" + table([
+        ["Generation", "sequences", "tokens/s", "first token ms", "GB/s", "of copy"],
+        ...generated.map((g) => [
+          g.name,
+          g.sequences,
+          figure(g.tokens_per_s),
+          figure(g.first_token_ms),
+          figure(g.gbps),
+          percent(g.share),
+        ]),
+      ], { header: true }),
+    );
+  }
 }
 
 // 4. Tiles, last because they are many.
@@ -150,6 +152,7 @@ async function benchAll(title: string, cases: readonly Case[]): Promise<void> {
       kernels.push(results.at(-1)!);
     });
   }
+  if (results.length === 0) return;
   const rows = results.map((r) => [
     r.name,
     r.shape,

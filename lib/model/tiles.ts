@@ -44,12 +44,14 @@ export async function chooseTiles(
     let best = tiles.find((tile) => tileName(tile) === known);
     if (!best) {
       onShape?.(done, shapes.length);
-      for (const tile of tiles) {
-        const dispatch = products[0]!.with(tile);
-        run(gpu, [dispatch]);
-        const spans = await timePasses(gpu, Array.from({ length: RUNS }, () => [dispatch]));
-        ms.set(tileName(tile), Math.min(...spans.map((span) => span.ms)));
-      }
+      const dispatches = tiles.map((tile) => products[0]!.with(tile));
+      run(gpu, dispatches);
+      // Round by round: a device that was idle is slow at first, and no tile is to bear that alone.
+      const spans = await timePasses(gpu, Array.from({ length: RUNS }, () => dispatches.map((one) => [one])).flat());
+      tiles.forEach((tile, t) => {
+        const times = spans.filter((_, i) => i % tiles.length === t).map((span) => span.ms);
+        ms.set(tileName(tile), Math.min(...times));
+      });
       best = tiles.reduce((a, b) => ms.get(tileName(b))! < ms.get(tileName(a))! ? b : a);
       cache.set(key, tileName(best));
     }
