@@ -4,7 +4,7 @@
  */
 import type { Gpu } from "../gpu/device.ts";
 import { type Command, createRows, type Rows } from "../gpu/kernel.ts";
-import { run } from "../gpu/program.ts";
+import { compile, run } from "../gpu/program.ts";
 import { createTensor, destroyTensors, type Tensor } from "../gpu/tensor.ts";
 import { type Cache, createAttentionDecode, NO_SLOT } from "../ops/attention_decode.ts";
 import { createMatvec, rowBlock } from "../ops/matvec.ts";
@@ -86,6 +86,14 @@ export class Decoder {
       ),
       ops.embedding.gather({ rows: this.#rows.writing, ids: labelRows, table: x.at(-1)!, out: last }),
     ];
+  }
+
+  /** Lets a CPU driver compile what reads prompts and what writes to all sequences; see `compile` in program.ts. */
+  compile(): void {
+    this.#rows.reading.set(this.#slots.reading.shape[0]!);
+    this.#rows.writing.set(this.batch);
+    const { step, head } = this.#program(this.batch);
+    compile(this.#gpu, [...this.#read, ...step, ...head]);
   }
 
   /** Embedding and layers over the rows of a plan; `after` adds to each layer what needs its q, k and v. */

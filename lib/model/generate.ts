@@ -66,12 +66,16 @@ export async function createGenerator(options: GeneratorOptions): Promise<Genera
   if (typeof model !== "string" && adapter) {
     throw new TypeError("Cannot add an adapter to a model that is open already");
   }
-  const parts = typeof model === "string" ? await openParts(model, adapter) : model;
+  const { parts, fill } = typeof model === "string"
+    ? await planParts(model, adapter)
+    : { parts: model, fill: () => Promise.resolve() };
   const most = parts.config.max_position_embeddings, context = options.context ?? most;
   if (!(Number.isInteger(context) && context > 1 && context <= most)) {
     throw new RangeError(`Cannot generate with a context of ${context} tokens: the model has ${most} positions`);
   }
   const decoder = new Decoder(parts, { batch, context });
+  decoder.compile();
+  await fill();
   return {
     parts,
     context,
@@ -98,13 +102,13 @@ export async function generateAll(
   return answers;
 }
 
-async function openParts(model: string, adapter: string | Adapter | undefined): Promise<ModelParts> {
+async function planParts(model: string, adapter: string | Adapter | undefined) {
   const gpu = await openGpu(), config = readConfig(model);
   const read = typeof adapter === "string" ? readAdapter(adapter, config) : adapter;
   const ops = await createOps(gpu, config);
   const { weights, fill } = planWeights(gpu, { dir: model, config, resident: true });
-  await fill();
-  return { gpu, config, ops, weights, lora: read && await createLora(gpu, { config, ...read }) };
+  const parts: ModelParts = { gpu, config, ops, weights, lora: read && await createLora(gpu, { config, ...read }) };
+  return { parts, fill };
 }
 
 async function generate(
