@@ -29,11 +29,7 @@ export function compile(gpu: Gpu, commands: readonly Command[]): void {
   gpu.queue.submit([encoder.finish()]);
 }
 
-/**
- * What `run` submits: to be submitted once, or, where only the time that this takes is wanted and the same commands ran
- * before, to be dropped.
- */
-export function encode(gpu: Gpu, commands: readonly Command[]): GPUCommandBuffer {
+function encode(gpu: Gpu, commands: readonly Command[]): GPUCommandBuffer {
   const encoder = gpu.device.createCommandEncoder();
   let together: Dispatch[] = [];
   const flush = () => {

@@ -4,7 +4,6 @@
  */
 import process from "node:process";
 import { type Gpu, openGpu } from "../../lib/gpu/device.ts";
-import { encode } from "../../lib/gpu/program.ts";
 import { byLabel, type LabelTime } from "../../lib/gpu/trace.ts";
 import type { Adapter } from "../../lib/model/adapter.ts";
 import type { ModelConfig } from "../../lib/model/config.ts";
@@ -56,8 +55,10 @@ export interface StepResult {
   /** Arithmetic of the model, nothing that is computed twice, over what the peak would do in that time. */
   readonly share: number;
   readonly dispatches: number;
-  /** JavaScript until all is submitted; on a CPU driver until it is encoded, because submitting computes. */
+  /** This thread until all is submitted. */
   readonly host_ms_per_1000_dispatches: number;
+  /** Of that all but what WebGPU does by itself where a command buffer is finished and submitted. */
+  readonly javascript_ms_per_1000_dispatches: number;
   readonly losses: readonly number[];
   readonly breakdown: readonly LabelTime[];
   readonly plan_bytes: number;
@@ -211,14 +212,14 @@ async function benchStep(
   });
 
   // A GPU is fed some updates at a time, as in training.
-  const runs = quick ? 3 : 8, together = gpu.cpu ? 1 : 4, times: number[] = [], host: number[] = [];
+  const together = gpu.cpu ? 1 : 4, times: number[] = [], host: HostTime[] = [];
   await gpu.queue.onSubmittedWorkDone();
   const before = process.cpuUsage(), others = watchOthers();
-  const enough = performance.now() + 30e3;
-  for (let i = 0; i < runs && (i < 3 || performance.now() < enough); i++) {
+  const started = performance.now();
+  const enough = (runs: number) => runs >= (quick ? 3 : 24) || performance.now() - started > (runs < 8 ? 30e3 : 6e3);
+  for (let i = 0; i < 3 || !enough(i); i++) {
     const start = performance.now();
-    update();
-    host.push(performance.now() - start);
+    host.push(timeHost(update));
     for (let j = 1; j < together; j++) update();
     // Deno waits for the device inside this call; its promise would take 10 ms more.
     gpu.queue.onSubmittedWorkDone();
@@ -226,15 +227,6 @@ async function benchStep(
   }
   const cpu = process.cpuUsage(before), cpuS = (cpu.user + cpu.system) / 1e6, others_share = others();
   await read();
-  if (gpu.cpu) {
-    const { llama, optimizer } = trainer, at = { items: tokens, slot: 0, draw: 0 };
-    const encodeAll = () => {
-      const start = performance.now();
-      for (const commands of [llama.clearing, llama.accumulation(batch, at), optimizer.commands]) encode(gpu, commands);
-      return performance.now() - start;
-    };
-    host.splice(0, host.length, ...Array.from({ length: 20 }, encodeAll));
-  }
   const memoryAfter = await memoryInUse(gpu);
   const timings = await trainer.profile([batch], { step: ++step, learningRate: 1e-3 });
   await read();
@@ -253,13 +245,44 @@ async function benchStep(
     tokens_per_cpu_s: gpu.cpu ? tokens * times.length / cpuS : null,
     share: flop / ms / 1e6 / peakGflops,
     dispatches: timings.length,
-    host_ms_per_1000_dispatches: 1e3 * median(host) / timings.length,
+    host_ms_per_1000_dispatches: 1e3 * median(host.map(({ ms }) => ms)) / timings.length,
+    javascript_ms_per_1000_dispatches: 1e3 * median(host.map(({ javascript }) => javascript)) / timings.length,
     losses: losses.slice(0, of.losses.length),
     breakdown: byLabel(timings),
     plan_bytes: planned,
     driver_bytes: memoryBefore === null || memoryAfter === null ? null : memoryAfter - memoryBefore,
     tiles: trainer.llama.tiles.map(({ shape, tile, ms }) => ({ shape, tile, ms: Object.fromEntries(ms) })),
   };
+}
+
+/** How long a call kept this thread, and how long without what WebGPU does by itself. */
+interface HostTime {
+  readonly ms: number;
+  readonly javascript: number;
+}
+
+/** Times `work`; meanwhile the methods in which WebGPU checks, records and submits are replaced by ones that time them. */
+function timeHost(work: () => void): HostTime {
+  let own = 0;
+  const timed = <A extends unknown[], R>(method: (...args: A) => R) =>
+    function (this: unknown, ...args: A): R {
+      const start = performance.now();
+      const result = method.apply(this, args);
+      own += performance.now() - start;
+      return result;
+    };
+  const { finish } = GPUCommandEncoder.prototype, { submit } = GPUQueue.prototype;
+  GPUCommandEncoder.prototype.finish = timed(finish);
+  GPUQueue.prototype.submit = timed(submit);
+  const start = performance.now();
+  try {
+    work();
+  } finally {
+    GPUCommandEncoder.prototype.finish = finish;
+    GPUQueue.prototype.submit = submit;
+  }
+  const ms = performance.now() - start;
+  return { ms, javascript: ms - own };
 }
 
 /** Operations that the model itself needs for an update of one micro-batch; recomputation is not counted. */
