@@ -17,6 +17,7 @@ const BF16 = 2u;
 override LANES: u32;
 override TYPE: u32 = 0u;
 override BLOCK_SHIFT: u32 = 6u; // log2 of the block size
+override BY_HAND: u32 = 0u; // 1: 16-bit floats by integer arithmetic, where a driver takes twice as much of it for pack2x16float
 const WIDE = 1u; // words that are loaded at once, and vec4f that are stored at once
 
 struct Dims {
@@ -37,7 +38,16 @@ fn pack(v: vec2f) -> u32 {
     let rounded = (bits + 0x7fffu + ((bits >> vec2u(16u)) & vec2u(1u))) >> vec2u(16u);
     return rounded.x | (rounded.y << 16u);
   }
-  return pack2x16float(v);
+  if (BY_HAND == 0u) {
+    return pack2x16float(v);
+  }
+  // Adding 1/2 rounds what is too small for a full exponent; finite numbers that are too large become infinite.
+  let bits = bitcast<vec2u>(v);
+  let size = bits & vec2u(0x7fffffffu);
+  let full = min((size + 0xc8000fffu + ((size >> vec2u(13u)) & vec2u(1u))) >> vec2u(13u), vec2u(0x7c00u));
+  let small = bitcast<vec2u>(bitcast<vec2f>(size) + 0.5) - 0x3f000000u;
+  let half = select(full, small, size < vec2u(0x38800000u)) | ((bits ^ size) >> vec2u(16u));
+  return half.x | (half.y << 16u);
 }
 
 @compute @workgroup_size(LANES)

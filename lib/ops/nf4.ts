@@ -25,7 +25,12 @@ export function createNf4(gpu: Gpu, code: Float32Array<ArrayBuffer>) {
         );
       }
       return kernel.record("dequantize", {
-        constants: { LANES, TYPE: TYPE[t.out.dtype]!, BLOCK_SHIFT: Math.log2(t.blocksize) },
+        constants: {
+          LANES,
+          TYPE: TYPE[t.out.dtype]!,
+          BLOCK_SHIFT: Math.log2(t.blocksize),
+          BY_HAND: gpu.lanes === "subgroup" ? 1 : 0,
+        },
         bind: { code: table, codes: t.codes, absmax: t.absmax, out: t.out },
         dims: { count: t.count },
         grid: fold(Math.ceil(t.count / (8 * wide) / LANES)),

@@ -1,5 +1,6 @@
 /** The kernels that memory bounds, at the blog's sizes, each with sampled rows of its result checked first. */
 import { dynamicMap } from "../../lib/data/blockwise8.ts";
+import { rounded } from "../../lib/data/dtype.ts";
 import { NF4_CODE } from "../../lib/data/nf4.ts";
 import { hash32 } from "../../lib/data/random.ts";
 import type { Gpu } from "../../lib/gpu/device.ts";
@@ -35,7 +36,8 @@ export async function memoryCases(
     ...embeddingCases(gpu, T),
     dropoutCase(gpu, T),
     ...crossEntropyCases(gpu, chunk),
-    nf4Case(gpu),
+    nf4Case(gpu, "f32"),
+    nf4Case(gpu, "f16"),
     ...adamwCases(gpu, parameters),
   ];
 }
@@ -307,22 +309,23 @@ function crossEntropyCases(gpu: Gpu, R: number): Case[] {
   ];
 }
 
-function nf4Case(gpu: Gpu): Case {
-  const count = 2 * F * C, op = createNf4(gpu, new Float32Array(NF4_CODE));
+function nf4Case(gpu: Gpu, to: "f32" | "f16"): Case {
+  const count = 2 * F * C, size = to === "f32" ? 4 : 2, op = createNf4(gpu, new Float32Array(NF4_CODE));
   return {
     name: "nf4.dequantize",
     shape: `${2 * F} x ${C}`,
-    dtype: "nf4 to f32",
-    work: { bytes: count / 2 + count / 16 + 4 * count },
+    dtype: `nf4 to ${to}`,
+    work: { bytes: count / 2 + count / 16 + size * count },
     async prepare({ random, input, output }) {
       const codes = Uint8Array.from({ length: count / 2 }, (_, i) => i * 37 + (i >> 8));
-      const absmax = await random("absmax", [count / 64], { mean: 1, spread: 0.5 }), out = output("out", [count]);
+      const absmax = await random("absmax", [count / 64], { mean: 1, spread: 0.5 }), out = output("out", [count], to);
       const packed = await input("codes", codes, "u8");
       const check = async () => {
         for (const first of [0, count / 2, count - 4096]) {
           const part = codes.subarray(first / 2, first / 2 + 2048), scales = absmax.slice(first / 64, first / 64 + 64);
           const expected = nf4Dequantize(part, scales, { code: NF4_CODE, count: 4096 });
-          agree("nf4.dequantize", await readFloats(gpu, out, [first, first + 4096]), expected);
+          const found = await readFloats(gpu, out, [first, first + 4096]);
+          agree("nf4.dequantize", found, to === "f32" ? expected : rounded(Float32Array.from(expected), "F16"));
         }
       };
       return { commands: [op.dequantize({ codes: packed, absmax: absmax.tensor, out, count, blocksize: 64 })], check };

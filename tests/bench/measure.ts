@@ -232,10 +232,10 @@ function uniformNumbers(count: number, { mean, spread, seed }: Required<Omit<Ran
   return out;
 }
 
-/** Reads elements `[from, to)` of an f32 tensor back. */
+/** Reads elements `[from, to)` of an f32 or f16 tensor back. */
 export async function readFloats(gpu: Gpu, tensor: Tensor, [from, to]: readonly [number, number]) {
-  const bytes = await downloadBytes(gpu, tensor, { offset: from * 4, bytes: (to - from) * 4 });
-  return new Float32Array(bytes.buffer);
+  const [size, dtype] = tensor.dtype === "f16" ? [2, "F16"] as const : [4, "F32"] as const;
+  return toFloat32(await downloadBytes(gpu, tensor, { offset: from * size, bytes: (to - from) * size }), dtype);
 }
 
 /**

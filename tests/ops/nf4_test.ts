@@ -5,9 +5,9 @@ import { createNf4 } from "../../lib/ops/nf4.ts";
 import { wave } from "../check.ts";
 import { gpuTest, stored } from "../on_gpu.ts";
 
-/** Every code in both halves of a byte, with scales over many powers of two. */
+/** Every code in both halves of a byte, with scales over so many powers of two that some are too small or large for 16 bits. */
 function quantized(count: number, blocksize: number) {
-  const size = (i: number) => 0.02 * 2 ** (i % 23 - 11);
+  const size = (i: number) => 0.02 * 2 ** (i % 47 - 23);
   const values = wave(count).map((x, i) => x * size(Math.floor(i / blocksize)));
   return { ...quantizeNf4(values, { blocksize }), count, blocksize };
 }
