@@ -8,15 +8,15 @@
 //                 after the step (bitsandbytes' CUDA kernels), by DECAY_AFTER
 //   step8         the same with m and v kept as 8-bit codes in blocks of 256 (bitsandbytes kOptimizerStatic8bit2StateBlockwise):
 //                 nearest code of the dynamic maps, ties to the even code, sign of m kept, non-finite gradients skipped
-//   *_each        the same for tensors anywhere: the others want tensors, or their rows, to begin at multiples of 8
+//   *_each        the same on param_each, grad_each, state1_each, state2_each, which begin anywhere; others at multiples of 8
 //
 //   param, grad        f32   one buffer for all tensors of a group
 //   blocks             u32 [·, 4]: offset of the tensor in param, first element of the block in the tensor, elements of the
 //                      block, columns | stride << 16 (rows of the tensor lie `stride` apart in param; 0 = contiguous)
-//   state1, state2     step32: f32 as param. step8: u8 codes, 256 per block, bound as words
-//   absmax1, absmax2   f32 [blocks]
+//   state1, state2     f32 as param (step32)
+//   codes1, codes2     u8, 256 per block, bound as words; absmax f32 [blocks, 2] are their scales (step8)
 //   maps               f32 [256, 2]    signed and unsigned dynamic map, ascending; bound as two codes at once
-//   step               f32 [12]     the fields of Step; rest1 = 1 − β1 and rest2 = 1 − β2 as the followed library rounds them
+//   step               the fields of Step; rest1 = 1 − β1 and rest2 = 1 − β2 as the followed library rounds them
 //   grid               sum_squares: one workgroup per 4,096 elements; clip: [1]; steps: at most one per block, folded
 //   shared             lanes_*
 

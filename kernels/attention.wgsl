@@ -10,11 +10,11 @@
 //   out, dout     f32 [rows, HEADS · D]
 //   lse, delta    f32 [rows, HEADS]
 //   spans         u32 [rows, 2]: first token of the row's document, and the one after its last
-//   given_*       what an earlier dispatch wrote, four elements at a time
+//   given_out, given_lse, given_delta   what an earlier dispatch wrote, four elements at a time
 //   grid          [blocks of ROWS · LANES / PARTS rows, HEADS], for backward_kv [blocks, KV_HEADS]
-//   shared        lanes_*
+//   shared        lanes_*, attention_parts
 //
-// PARTS lanes beside each other own ROWS rows, each of them every PARTS-th four columns: wide heads need more registers than
+// PARTS lanes, two apart, own ROWS rows, each of them every PARTS-th four columns: wide heads need more registers than
 // a lane has. Tiles of LANES / SHARE other rows are loaded by the lanes together and read by all of them, one after the
 // other; tiles outside the document are never visited. Sums run in a fixed order: the same bits every time. Of a tile, SOME
 // rows are taken at a time: their scores stay in registers, and a sum over them is read and written once.
@@ -24,7 +24,7 @@ override HEADS: u32;
 override KV_HEADS: u32;
 override D4: u32; // D / 4
 override ROWS: u32 = 1u; // 1 or 2; ROWS · D4 / PARTS is at most 32
-override PARTS: u32 = 1u; // a divisor of LANES and D4
+override PARTS: u32 = 1u; // a divisor of LANES / 2 and D4
 override SHARE: u32 = 1u; // lanes that keep a row of a tile together: PARTS, or where that is 1 a divisor of LANES and D4
 override SOME: u32 = 1u; // a divisor of LANES / SHARE, at most 8; where PARTS is over 1, ROWS · SOME is a multiple of 4
 
@@ -50,41 +50,6 @@ const LOWEST = -1e30;
 /// Sum of the four parts, in a fixed order.
 fn total(v: vec4f) -> f32 {
   return (v.x + v.y) + (v.z + v.w);
-}
-
-/// Of row `j` of the tile that is kept from `slot` on, the `d`-th four columns that a lane owns which is number `part` of its
-/// row.
-fn tile_fetch(slot: u32, d: u32, j: u32, part: u32) -> vec4f {
-  if (PARTS > 1u) {
-    return lanes_fetch(slot + d, j * PARTS + part);
-  }
-  return lanes_fetch(slot + d / SHARE, j * SHARE + d % SHARE);
-}
-
-/// Replaces a lane's share of ROWS · SOME sums by the sums, in the same order in all lanes of a row; slots from `slot` on are
-/// taken.
-fn join(sums: ptr<function, array<f32, 16>>, slot: u32, lane: u32) {
-  if (PARTS == 1u) {
-    return;
-  }
-  lanes_begin();
-  // unroll
-  for (var i = 0u; i < ROWS * SOME; i += 4u) {
-    lanes_keep(slot + i / 4u, vec4f((*sums)[i], (*sums)[i + 1u], (*sums)[i + 2u], (*sums)[i + 3u]), lane);
-  }
-  lanes_end();
-  // unroll
-  for (var i = 0u; i < ROWS * SOME; i += 4u) {
-    var four = lanes_fetch(slot + i / 4u, lane / PARTS * PARTS);
-    // unroll
-    for (var p = 1u; p < PARTS; p++) {
-      four += lanes_fetch(slot + i / 4u, lane / PARTS * PARTS + p);
-    }
-    // unroll
-    for (var j = 0u; j < 4u; j++) {
-      (*sums)[i + j] = four[j];
-    }
-  }
 }
 
 /// A lane's share of the products of its rows a and b with SOME rows of the tile from `j0` on: s = a · the first of what is
@@ -139,8 +104,8 @@ fn forward(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index)
   let stride = (HEADS + 2u * KV_HEADS) * D4;
   let head = group.y;
   let row0 = group.x * (ROWS * LANES / PARTS);
-  let mine = lane / PARTS;
-  let part = lane % PARTS;
+  let mine = row_of(lane);
+  let part = part_of(lane);
   let scale = inverseSqrt(f32(D4 * 4u));
   var start: array<u32, 2>;
   var top: array<f32, 2>;
@@ -239,8 +204,8 @@ fn backward_q(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_ind
   let stride = (HEADS + 2u * KV_HEADS) * D4;
   let head = group.y;
   let row0 = group.x * (ROWS * LANES / PARTS);
-  let mine = lane / PARTS;
-  let part = lane % PARTS;
+  let mine = row_of(lane);
+  let part = part_of(lane);
   let scale = inverseSqrt(f32(D4 * 4u));
   var start: array<u32, 2>;
   var my_lse: array<f32, 2>;
@@ -273,8 +238,7 @@ fn backward_q(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_ind
       var s: array<f32, 16>;
       var ds: array<f32, 16>;
       products(&q, &g, some * SOME, part, &s, &ds);
-      join(&s, 2u * D4 / SHARE, lane);
-      join(&ds, 2u * D4 / SHARE, lane);
+      join_both(&s, &ds, 2u * D4 / SHARE, lane);
       // unroll
       for (var r = 0u; r < ROWS; r++) {
         // unroll
@@ -319,8 +283,8 @@ fn backward_kv(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_in
   let stride = (HEADS + 2u * KV_HEADS) * D4;
   let kv = group.y;
   let row0 = group.x * (ROWS * LANES / PARTS);
-  let mine = lane / PARTS;
-  let part = lane % PARTS;
+  let mine = row_of(lane);
+  let part = part_of(lane);
   let scale = inverseSqrt(f32(D4 * 4u));
   var end: array<u32, 2>;
   var k: array<vec4f, 32>;
@@ -357,8 +321,7 @@ fn backward_kv(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_in
         var p: array<f32, 16>;
         var ds: array<f32, 16>;
         products(&k, &v, some * SOME, part, &p, &ds);
-        join(&p, 2u * D4 / SHARE + 1u, lane);
-        join(&ds, 2u * D4 / SHARE + 1u, lane);
+        join_both(&p, &ds, 2u * D4 / SHARE + 1u, lane);
         // unroll
         for (var i = 0u; i < SOME; i++) {
           let known = tile_fetch(2u * D4 / SHARE, 0u, some * SOME + i, part);

@@ -9,7 +9,7 @@
 //   keys, values       f32 [slots, KV_HEADS, D / 4, CONTEXT, 4]           neighbouring lanes read neighbouring positions
 //   out                f32 [rows, HEADS · D]
 //   grid               store: one workgroup per row, folded; forward: [rows, HEADS]
-//   shared             lanes_*, with D / 4 slots
+//   shared             lanes_*, with KEPT slots
 //
 // Each lane keeps a softmax of its own over every LANES-th position (arXiv:2205.14135); they are joined at the end in a
 // fixed order.

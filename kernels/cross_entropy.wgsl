@@ -2,12 +2,12 @@
 //
 //   loss       nll[first + r] = log Σ_v exp(logits[r,v]) − logits[r, labels[first + r]]
 //   backward   the same, and logits[r,v] ← (softmax(logits[r])[v] − [v = label]) · scale.x
-//   total      sums.[SLOT] += Σ_r nll[r]
+//   total      sums[scale.y] += Σ_r nll[r]
 //
 //   logits      f32 [rows, STRIDE]    columns VOCAB and up are padding: no part of the sum, gradient 0
 //   labels      u32 [all rows]        rows.y is the position of this chunk's first row
 //   nll         f32 [all rows]
-//   scale       f32: x = 1 / (labelled tokens of the update)
+//   scale       f32: x = 1 / (labelled tokens of the update), y = the update's place in sums
 //   grid        loss, backward: at most one workgroup per row, folded; total: [1]
 //   shared      lanes_*
 

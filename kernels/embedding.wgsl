@@ -5,7 +5,8 @@
 //   backward         dtable[ids[g] − FIRST] += Σ_{i in [starts[g], starts[g+1])} x[order[i]],   one g per distinct id
 //                    The host sorts the tokens by id, so that the sum has a fixed order and needs no atomics.
 //
-//   table            f32, f16 or bf16 (TYPE) [COUNT, DIM]   a slice of the vocabulary; or any f32 rows
+//   table            f32, f16 or bf16 (TYPE) [COUNT, DIM]   a slice of the vocabulary; or any f32 rows; 16-bit ones are bound
+//                    as half_table
 //   out, x, dtable   f32 [·, DIM]
 //   ids, order, starts   u32
 //   grid             gather, scatter: at most one workgroup per row, folded
@@ -25,7 +26,7 @@ const WIDE = 1u; // vec4f that are loaded and stored at once
 @group(0) @binding(0) var<uniform> rows: vec4u;
 @group(0) @binding(1) var<storage, read> ids: array<u32>;
 @group(0) @binding(2) var<storage, read> table: array<array<vec4f, WIDE>>;
-@group(0) @binding(3) var<storage, read> half_table: array<array<vec2u, WIDE>>; // the same, as 16-bit numbers
+@group(0) @binding(3) var<storage, read> half_table: array<array<vec2u, WIDE>>;
 @group(0) @binding(4) var<storage, read> x: array<array<vec4f, WIDE>>;
 @group(0) @binding(5) var<storage, read_write> out: array<array<vec4f, WIDE>>;
 @group(0) @binding(6) var<storage, read> order: array<u32>;

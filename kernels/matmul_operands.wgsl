@@ -1,8 +1,8 @@
-// matmul_operands — snippet: operands, sizes and the writing of results of the matrix products for GPUs.
-// Appended to matmul_tiled.wgsl and matmul_narrow.wgsl; bindings and `Dims` are those of matmul_subgroup.wgsl.
+// matmul_operands — snippet: operands, sizes and the writing of results of matrix products.
+// Appended to matmul_tiled.wgsl, matmul_narrow.wgsl and matvec.wgsl; `Dims` is that of matmul_subgroup.wgsl, and `plus`.
 //
 //   x, lora_x, add, out   f32, `offset` and `stride` in elements, both multiples of 4
-//   w                     f32, f16 or bf16 (W_TYPE), row-major with w_stride; bound twice, as 16- and as 8-byte words
+//   w                     f32, f16 or bf16 (W_TYPE), row-major with w_stride; bound twice, as 16- and (w_half) as 8-byte words
 //   lora_w                f32; nt: of each segment [columns, r], nn: [r, columns]
 //   rows.x                rows of x and out (nt, nn), or of x and w (tn)
 //   sizes                 k, r multiples of 8; n, and in tn the m columns of x, multiples of 4; in nt also w_offset and

@@ -1,7 +1,7 @@
 /**
- * The bench: peaks of the device, every kernel at the blog's sizes, training updates and generation. Each result is checked
- * against the slow reference before it is timed; nothing is reported that was not. Sizes follow the device. A measurement
- * that fails is told, the others are made all the same, and the status is 1.
+ * The bench: peaks of the device, every kernel at the blog's sizes, training updates and generation. Kernels are checked
+ * against the slow reference before they are timed, updates by their losses, answers by the logits of the model that trains.
+ * Sizes follow the device. A measurement that fails is told, the others are made all the same, and the status is 1.
  *
  *   deno task bench                          all of it: some minutes on a CPU driver
  *   deno task bench --only step --quick

@@ -136,7 +136,7 @@ Deno.test("an op, its kernel and its test share one name", () => {
   }
 });
 
-Deno.test("every kernel is bound by some file, and its header says what grid it runs on", () => {
+Deno.test("every kernel is bound by some file, and its header says what it binds and what grid it runs on", () => {
   const bound = new Set(sources.flatMap(importsOf));
   const kernels = files.filter((path) => path.startsWith("kernels/"));
   assert(kernels.length >= 10);
@@ -147,6 +147,9 @@ Deno.test("every kernel is bound by some file, and its header says what grid it 
     const stem = path.slice("kernels/".length, -".wgsl".length);
     assert(header.startsWith(`// ${stem} — `), `${path} does not open with its name`);
     assert(/^\/\/ +grid /m.test(header), `the header of ${path} has no grid`);
+    const named = [...text.get(path)!.matchAll(/@binding\(\d+\) var(?:<[^>]*>)? (\w+):/g)].map(([, name]) => name!);
+    const missing = named.filter((name) => name !== "dims" && !new RegExp(`\\b${name}\\b`).test(header));
+    assertEquals(missing, [], `the header of ${path} does not say what these bindings hold`);
   }
 });
 

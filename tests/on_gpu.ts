@@ -13,6 +13,8 @@ const own = await openGpu().catch((error: Error) => {
   if (error.message.includes("no WebGPU adapter")) return undefined;
   throw error;
 });
+/** Whether tests that need a device are to be ignored: there is none, and REQUIRE_GPU=1 does not ask for one. */
+export const NO_GPU = own === undefined && Deno.env.get("REQUIRE_GPU") !== "1";
 const BYTES: Record<Storage, number> = { f32: 4, u32: 4, f16: 2, bf16: 2, u8: 1 };
 const GUARD = 0xa5, GUARD_BYTES = 4096;
 

@@ -223,6 +223,9 @@ export class Llama {
         throw new RangeError(`Cannot use position ${positions[i]}: the model has ${config.max_position_embeddings}`);
       }
       if (targets[i]! < 0) continue;
+      if (targets[i]! >= config.vocab_size) {
+        throw new RangeError(`Cannot learn token ${targets[i]}: the vocabulary has ${config.vocab_size}`);
+      }
       rows.push(i);
       labels.push(targets[i]!);
     }

@@ -134,8 +134,11 @@ export class Trainer {
 
   /** Results of the updates since the last call; a run that went astray shows as NaN. Waits for the GPU. */
   async read(): Promise<UpdateResult[]> {
-    const sums = await this.llama.losses();
-    const norms = await download(this.llama.gpu, this.optimizer.norms);
+    // Both are asked for at once: a device that is waited for twice stands still in between.
+    const [sums, norms] = await Promise.all([
+      this.llama.losses(),
+      download(this.llama.gpu, this.optimizer.norms),
+    ]);
     const results = this.#pending.map(({ step, tokens }, slot) => ({
       step,
       tokens,

@@ -2,7 +2,7 @@
  * The base model on the GPU: fused projections, norms and the embedding in slices that the device can bind. Dense weights
  * keep the type they are stored in; NF4 weights stay packed and are decoded into scratch, or once for good.
  */
-import { type Dtype, fromFloat32, toFloat32 } from "../data/dtype.ts";
+import { type Dtype, toFloat32 } from "../data/dtype.ts";
 import { NF4_CODE } from "../data/nf4.ts";
 import { openModel, type TensorSource } from "../data/safetensors.ts";
 import type { Gpu } from "../gpu/device.ts";
@@ -68,7 +68,7 @@ export interface WeightOptions {
 const STORAGE: Partial<Record<Dtype, Storage>> = { F32: "f32", F16: "f16", BF16: "bf16" };
 
 /** The parts of a fused projection and its sizes. */
-export function fusedShape(config: ModelConfig, name: FusedName) {
+function fusedShape(config: ModelConfig, name: FusedName) {
   const parts = FUSED[name].map((module) => ({ module, columns: linearShape(config, module)[0] }));
   return { parts, n: parts.reduce((sum, part) => sum + part.columns, 0), k: linearShape(config, FUSED[name][0])[1] };
 }
@@ -123,16 +123,17 @@ export function planWeights(
     const { parts, n, k } = fusedShape(config, fused);
     const name = `layers.${layer}.${fused}`;
     if (quantized && !trainable) return packed(name, fused, layer);
-    const dtypes = parts.map(({ module }) => info(source, `${moduleName(layer, module)}.weight`).dtype);
-    const dtype = trainable ? "f32" : storage(name, dtypes[0]!);
+    const kinds = parts.map(({ module }) => `${moduleName(layer, module)}.weight`)
+      .map((tensor) => storage(tensor, info(source, tensor).dtype));
+    // Projections of different types are widened, which loses nothing.
+    const dtype = trainable || new Set(kinds).size > 1 ? "f32" : kinds[0]!;
     const weight = make(name, [n, k], dtype);
     let row = 0;
     for (const { module, columns } of parts) {
       const tensor = `${moduleName(layer, module)}.weight`, offset = row * k * (dtype === "f32" ? 4 : 2);
       fills.push((files) => {
         const bytes = files.read(tensor), stored = info(files, tensor).dtype;
-        const same = STORAGE[stored] === dtype;
-        return upload(gpu, weight, same ? bytes : convert(toFloat32(bytes, stored), dtype), offset);
+        return upload(gpu, weight, STORAGE[stored] === dtype ? bytes : toFloat32(bytes, stored), offset);
       });
       row += columns;
     }
@@ -201,8 +202,4 @@ function storage(name: string, dtype: Dtype): Storage {
   const found = STORAGE[dtype];
   if (!found) throw new TypeError(`Cannot load "${name}": it is ${dtype}: F32, F16 or BF16 is wanted`);
   return found;
-}
-
-function convert(values: Float32Array<ArrayBuffer>, dtype: Storage): ArrayBufferView {
-  return dtype === "f32" ? values : fromFloat32(values, dtype === "f16" ? "F16" : "BF16");
 }

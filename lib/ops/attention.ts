@@ -3,6 +3,7 @@ import type { Gpu } from "../gpu/device.ts";
 import { type Dispatch, Kernel, type Rows } from "../gpu/kernel.ts";
 import type { Tensor } from "../gpu/tensor.ts";
 import source from "../../kernels/attention.wgsl" with { type: "text" };
+import partsSource from "../../kernels/attention_parts.wgsl" with { type: "text" };
 
 /** Lanes of a workgroup on a GPU: two warps share a tile. */
 const GPU_LANES = 64;
@@ -13,7 +14,7 @@ export function createAttention(gpu: Gpu, shape: { heads: number; kvHeads: numbe
   if (headDim % 8 || headDim > 128) {
     throw new RangeError(`Cannot attend with heads of ${headDim} columns: a multiple of 8 up to 128 is wanted`);
   }
-  const kernel = new Kernel(gpu, "attention", source);
+  const kernel = new Kernel(gpu, "attention", `${source}\n${partsSource}`);
   const subgroup = gpu.lanes === "subgroup", lanes = subgroup ? gpu.subgroup : GPU_LANES, columns = headDim / 4;
   /** Constants of an entry point and the rows of its workgroups. */
   const formOf = (entry: Entry) => {
@@ -91,10 +92,9 @@ function gpuShape(gpu: Gpu, columns: number, entry: Entry): Shape & { readonly L
   const held = entry === "forward" ? 2 : 4, most = gpu.limits.maxComputeWorkgroupStorageSize;
   const shapes = [[2, 1], [2, 2], [2, 4], [1, 1], [1, 2], [1, 4], [2, 8], [1, 8]] as const;
   for (const [rows, parts] of shapes) {
-    // A CPU driver takes minutes to compile many reads of workgroup memory.
-    const some = gpu.cpu ? 4 / rows : entry === "forward" ? 16 / rows : 8 / rows;
+    const some = entry === "forward" ? 16 / rows : 8 / rows;
     const share = parts === 1 ? 2 : parts;
-    const sums = parts === 1 ? 0 : rows * some / 4;
+    const sums = parts === 1 ? 0 : (entry === "forward" ? 1 : 2) * rows * some / 4;
     const slots = 2 * columns / share + (entry === "backward_kv" ? 1 : 0) + sums;
     const fits = columns % parts === 0 && held * rows * columns / parts <= 32 && slots * GPU_LANES * 16 <= most;
     if (fits) return { ROWS: rows, PARTS: parts, SHARE: share, SOME: some, LANE_SLOTS: slots };

@@ -1,7 +1,9 @@
 /** Writing answers: tokens per second with one sequence and with several, and the share of the copy bandwidth. */
 import type { Gpu } from "../../lib/gpu/device.ts";
+import type { Adapter } from "../../lib/model/adapter.ts";
 import type { ModelConfig } from "../../lib/model/config.ts";
 import { createGenerator } from "../../lib/model/generate.ts";
+import { logitsOf } from "../../lib/model/llama.ts";
 import { blogConfig, randomBatch, SMALL, writeRandomModel } from "./problem.ts";
 import { TINY } from "./step.ts";
 
@@ -18,6 +20,26 @@ export interface GenerateResult {
   /** Weights read per second, and their share of the copy bandwidth. */
   readonly gbps: number;
   readonly share: number;
+}
+
+/** Throws where a token is not the likeliest by the logits of the model that trains, which has no cache; ties may go either way. */
+async function checkGreedy(
+  { name, model, adapter, prompt, ids }: {
+    name: string;
+    model: string;
+    adapter: Adapter;
+    prompt: readonly number[];
+    ids: readonly number[];
+  },
+): Promise<void> {
+  const rows = (await logitsOf({ model, adapter }, [...prompt, ...ids.slice(0, -1)])).slice(prompt.length - 1);
+  rows.forEach((row, i) => {
+    const size = row.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+    const best = row.reduce((most, value) => Math.max(most, value), -Infinity), got = row[ids[i]!]!;
+    if (!(best - got <= 1e-4 * size)) {
+      throw new Error(`Cannot time ${name}: token ${i + 1} of the answer has a logit of ${got}, another one ${best}`);
+    }
+  });
 }
 
 /** The models and numbers of sequences that fit the device. */
@@ -46,10 +68,11 @@ export async function benchGenerate(
     const how = { maxNewTokens: count, greedy: true, eosIds: [], onToken };
     const answers = await generator.generate(prompts, how);
     if (answers.some(({ ids }) => ids.length !== count)) throw new Error(`Cannot time ${name}: an answer ended early`);
-    return performance.now() - began - first;
+    return [answers[0]!.ids, performance.now() - began - first] as const;
   };
-  await write(); // compiles
-  const ms = await write();
+  const [ids] = await write(); // compiles
+  await checkGreedy({ name, model, adapter, prompt: prompts[0]!, ids });
+  const [, ms] = await write();
   const { layers, head } = generator.parts.weights;
   const linears = layers.flatMap(({ qkv, o, gateUp, down }) => [qkv, o, gateUp, down]);
   const read = [...linears.map(({ weight }) => weight), ...head.map(({ tensor }) => tensor)];

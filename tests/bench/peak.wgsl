@@ -4,7 +4,7 @@
 //   copy       out[i] = x[i]
 //
 //   x, out     f32 as vec4, 4 · LANES · PER_LANE numbers per workgroup of copy
-//   grid       fma_f32: any, folded, one number of out per lane; copy: vec4s / (LANES · PER_LANE), folded
+//   grid       fma_f32: any, folded, one number of sums per lane; copy: vec4s / (LANES · PER_LANE), folded
 
 override LANES: u32;
 override STEPS: u32 = 500u;

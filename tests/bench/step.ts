@@ -227,6 +227,10 @@ async function benchStep(
   }
   const cpu = process.cpuUsage(before), cpuS = (cpu.user + cpu.system) / 1e6, others_share = others();
   await read();
+  const last = losses.at(-1)!;
+  if (!(last < losses[0]!)) {
+    throw new Error(`Cannot time ${of.name}: it learns nothing: the loss was ${losses[0]}, then ${last}`);
+  }
   const memoryAfter = await memoryInUse(gpu);
   const timings = await trainer.profile([batch], { step: ++step, learningRate: 1e-3 });
   await read();

@@ -9,11 +9,10 @@ import { Llama, type MicroBatch } from "../../lib/model/llama.ts";
 import { readSlots } from "../../lib/model/lora.ts";
 import { type Trainer, type UpdateResult } from "../../lib/model/trainer.ts";
 import { goldenPath, maxRelative } from "../check.ts";
+import { NO_GPU as ignore } from "../on_gpu.ts";
 import { rebuilt } from "./rebuild.ts";
 import { argumentsOf, goldenBatches, openTrainer, ratesOf } from "./run.ts";
 import { close, same } from "./table.ts";
-
-const ignore = (await navigator.gpu?.requestAdapter()) == null && Deno.env.get("REQUIRE_GPU") !== "1";
 
 /** The documents of micro-batches one by one: one begins where positions do. */
 function documentsOf(batches: readonly MicroBatch[]): MicroBatch[] {

@@ -11,11 +11,11 @@ import { Llama, type LlamaOptions, type MicroBatch } from "../../lib/model/llama
 import { readSlots } from "../../lib/model/lora.ts";
 import { labelledTokens } from "../../lib/model/trainer.ts";
 import { type Golden, golden, goldenPath, maxRelative } from "../check.ts";
+import { NO_GPU as ignore } from "../on_gpu.ts";
 import { rebuilt } from "./rebuild.ts";
 import { BOUND, close, same, within } from "./table.ts";
 
 const SIZES = ["tiny", "odd"] as const;
-const ignore = (await navigator.gpu?.requestAdapter()) == null && Deno.env.get("REQUIRE_GPU") !== "1";
 
 /** The tokens of a golden case: rows of 48 one after the other, positions counted from each row's start unless given. */
 function batchOf(file: Golden, prefix: string, labelsOf = prefix): MicroBatch {

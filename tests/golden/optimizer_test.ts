@@ -10,12 +10,12 @@ import { createTensor, download, downloadBytes, upload } from "../../lib/gpu/ten
 import { createOptimizer, type Optimizer, type OptimizerKind } from "../../lib/model/optimizer.ts";
 import { golden, maxRelative } from "../check.ts";
 import { adamw, adamwCuda } from "../reference_step.ts";
+import { NO_GPU as ignore } from "../on_gpu.ts";
 import { readJson } from "./rebuild.ts";
 import { close, difference, within } from "./table.ts";
 
 const NAMES = ["p4096", "p10000", "p300"] as const;
 const file = golden("tiny/adamw.safetensors");
-const ignore = (await navigator.gpu?.requestAdapter()) == null && Deno.env.get("REQUIRE_GPU") !== "1";
 const file12 = readJson("tiny/adamw.json") as {
   lr: number[];
   gradient_of_step: number[];

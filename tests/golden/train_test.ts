@@ -10,6 +10,7 @@ import { packRows } from "../../lib/data/packing.ts";
 import { BLOG_TEMPLATE, chatTemplate } from "../../lib/data/template.ts";
 import { loadTokenizer } from "../../lib/data/tokenizer.ts";
 import { golden, goldenPath } from "../check.ts";
+import { NO_GPU as ignore } from "../on_gpu.ts";
 import { readJson } from "./rebuild.ts";
 import {
   argumentsOf,
@@ -30,8 +31,6 @@ interface Steps {
   readonly num_items: number[];
   readonly eval_loss: Readonly<Record<string, number>>;
 }
-
-const ignore = (await navigator.gpu?.requestAdapter()) == null && Deno.env.get("REQUIRE_GPU") !== "1";
 
 const RUNS: readonly (readonly [Size, string])[] = [
   ["tiny", "adamw_torch"],

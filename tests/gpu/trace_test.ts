@@ -9,8 +9,8 @@ import { Trainer } from "../../lib/model/trainer.ts";
 import { createSwiglu } from "../../lib/ops/swiglu.ts";
 import { randomBatch, SMALL, writeRandomModel } from "../bench/problem.ts";
 import { wave } from "../check.ts";
+import { NO_GPU as ignore } from "../on_gpu.ts";
 
-const ignore = (await navigator.gpu?.requestAdapter()) == null && Deno.env.get("REQUIRE_GPU") !== "1";
 const ROWS = 300, DIM = 512;
 
 /** Two dispatches with a copy and a clear between them, a third with no rows, and where the results are. */

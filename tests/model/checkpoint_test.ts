@@ -12,7 +12,7 @@ import {
 import type { OptimizerKind } from "../../lib/model/optimizer.ts";
 import { Trainer } from "../../lib/model/trainer.ts";
 import { goldenPath } from "../check.ts";
-import { NO_GPU } from "../scripts/process.ts";
+import { NO_GPU } from "../on_gpu.ts";
 
 async function inFolder(body: (dir: string) => Promise<void>): Promise<void> {
   const dir = Deno.makeTempDirSync();

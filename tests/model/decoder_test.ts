@@ -12,9 +12,7 @@ import { createLora } from "../../lib/model/lora.ts";
 import { createOps } from "../../lib/model/ops.ts";
 import { planWeights } from "../../lib/model/weights.ts";
 import { assertClose, goldenPath } from "../check.ts";
-import { gpuTest } from "../on_gpu.ts";
-
-const ignore = (await navigator.gpu?.requestAdapter()) == null && Deno.env.get("REQUIRE_GPU") !== "1";
+import { gpuTest, NO_GPU as ignore } from "../on_gpu.ts";
 
 /** Documents of different lengths, one of a single token, more than a tile of rows in all. */
 function documents(count: number, vocab: number): number[][] {

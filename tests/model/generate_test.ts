@@ -8,6 +8,7 @@ import { readConfig } from "../../lib/model/config.ts";
 import { createGenerator, generateAll } from "../../lib/model/generate.ts";
 import { Llama } from "../../lib/model/llama.ts";
 import { goldenPath } from "../check.ts";
+import { NO_GPU as ignore } from "../on_gpu.ts";
 
 interface Case {
   readonly model: string;
@@ -29,7 +30,6 @@ interface Golden {
   };
 }
 
-const ignore = (await navigator.gpu?.requestAdapter()) == null && Deno.env.get("REQUIRE_GPU") !== "1";
 const read = (config: string): Golden => JSON.parse(Deno.readTextFileSync(goldenPath(`${config}/generate.json`)));
 const model = (config: string) => goldenPath(`${config}/model_hf`);
 const adapter = (config: string) => goldenPath(`${config}/generate_adapter`);

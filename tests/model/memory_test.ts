@@ -7,8 +7,8 @@ import v8 from "node:v8";
 import vm from "node:vm";
 import { Trainer } from "../../lib/model/trainer.ts";
 import { blogConfig, randomBatch, writeRandomModel } from "../bench/problem.ts";
+import { NO_GPU as ignore } from "../on_gpu.ts";
 
-const ignore = (await navigator.gpu?.requestAdapter()) == null && Deno.env.get("REQUIRE_GPU") !== "1";
 const CONFIG = blogConfig({
   vocab_size: 64,
   hidden_size: 32,

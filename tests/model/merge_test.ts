@@ -25,6 +25,7 @@ import { addLowRank, checkLogits, mergeModel } from "../../lib/model/merge.ts";
 import { dequantizeWeight, isQuantized, quantizedWeights, readQuantState } from "../../lib/model/quantized.ts";
 import { assertClose, golden, goldenPath, wave } from "../check.ts";
 import { llamaForward } from "../reference_llama.ts";
+import { NO_GPU } from "../on_gpu.ts";
 
 const MODEL = goldenPath("tiny/model_hf"), MODEL_4BIT = goldenPath("tiny/model_4bit");
 const ADAPTER = goldenPath("tiny/train/adamw_torch/final_adapter");
@@ -271,7 +272,7 @@ Deno.test("checkLogits() accepts rounding and refuses more, NaN and missing rows
 
 Deno.test({
   name: "07 writes both folders, proves them by their logits, and says where there is nothing to merge",
-  ignore: (await navigator.gpu?.requestAdapter()) == null && Deno.env.get("REQUIRE_GPU") !== "1",
+  ignore: NO_GPU,
   fn: () =>
     inFolder(async (dir) => {
       const script = new URL("../../scripts/07_merge.ts", import.meta.url).pathname;

@@ -5,8 +5,8 @@ import { TorchGenerator } from "../../lib/data/random.ts";
 import { Llama, type MicroBatch } from "../../lib/model/llama.ts";
 import { bootstrapDifference, measurePerplexity, perplexity, sumByDocument } from "../../lib/model/perplexity.ts";
 import { golden, goldenPath } from "../check.ts";
+import { NO_GPU as ignore } from "../on_gpu.ts";
 
-const ignore = (await navigator.gpu?.requestAdapter()) == null && Deno.env.get("REQUIRE_GPU") !== "1";
 const run = goldenPath("tiny/train/adamw_torch");
 const model = goldenPath("tiny/model_hf");
 

@@ -1,5 +1,6 @@
 /** What 02 refuses, each in one line on stderr with status 1. */
-import { assertRefused, attempt, earlierResult, inFolder, NO_GPU, ROOT } from "./process.ts";
+import { NO_GPU } from "../on_gpu.ts";
+import { assertRefused, attempt, earlierResult, inFolder, ROOT } from "./process.ts";
 
 Deno.test(
   "02 refuses a model that is missing, unfinished, not converted or in 4 bit already",

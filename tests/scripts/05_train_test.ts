@@ -4,6 +4,7 @@
  */
 import { assert, assertEquals, assertStringIncludes } from "@std/assert";
 import { type PackedRows, readRows, writeRows } from "../../lib/data/dataset.ts";
+import { NO_GPU } from "../on_gpu.ts";
 import {
   assertNothingPartial,
   assertRefused,
@@ -11,7 +12,6 @@ import {
   command,
   contentOf,
   inFolder,
-  NO_GPU,
   readJson,
   ROOT,
   stage,

@@ -5,11 +5,11 @@ import { loadTokenizer } from "../../lib/data/tokenizer.ts";
 import { generateAll } from "../../lib/model/generate.ts";
 import { sha256File } from "../../lib/run/manifest.ts";
 import { goldenPath } from "../check.ts";
+import { NO_GPU as ignore } from "../on_gpu.ts";
 
 const SCRIPT = new URL("../../scripts/ask.ts", import.meta.url).pathname;
 const CONFIG = new URL("../../deno.json", import.meta.url).pathname;
 const NOTICE = "A research model: it errs, and it is not for clinical use.";
-const ignore = (await navigator.gpu?.requestAdapter()) == null && Deno.env.get("REQUIRE_GPU") !== "1";
 const adapter = goldenPath("tiny/generate_adapter");
 const tokenizer = loadTokenizer(goldenPath("tiny/tokenizer"));
 const { greedy }: {

@@ -14,17 +14,8 @@ import { largestDifference } from "../../lib/model/merge.ts";
 import { learningRate } from "../../lib/model/schedule.ts";
 import { evaluate, labelledTokens } from "../../lib/model/trainer.ts";
 import type { Manifest } from "../../lib/run/manifest.ts";
-import {
-  assertNothingPartial,
-  assertRefused,
-  attempt,
-  contentOf,
-  inFolder,
-  NO_GPU,
-  readJson,
-  stage,
-  walk,
-} from "./process.ts";
+import { NO_GPU } from "../on_gpu.ts";
+import { assertNothingPartial, assertRefused, attempt, contentOf, inFolder, readJson, stage, walk } from "./process.ts";
 
 type Numbers = Record<string, number>;
 /** A line of log.jsonl. */

@@ -4,16 +4,10 @@
  */
 import { assert, assertEquals, assertMatch } from "@std/assert";
 import { fileURLToPath } from "node:url";
-import { openGpu } from "../../lib/gpu/device.ts";
 import type { Manifest } from "../../lib/run/manifest.ts";
 
 /** The project's folder. */
 export const ROOT: string = fileURLToPath(new URL("../..", import.meta.url));
-/** True where there is no adapter; REQUIRE_GPU=1 makes the tests fail there instead of being ignored. */
-export const NO_GPU: boolean = Deno.env.get("REQUIRE_GPU") !== "1" && await openGpu().then(() => false, (error) => {
-  if (/no WebGPU adapter/.test(error.message)) return true;
-  throw error;
-});
 
 /** How a process ended. */
 export interface Result {

@@ -6,6 +6,7 @@ import { assert, assertEquals, assertGreater, assertMatch, assertStringIncludes 
 import { exists } from "../../lib/data/files.ts";
 import { openSafetensors } from "../../lib/data/safetensors.ts";
 import { listCheckpoints } from "../../lib/model/checkpoint.ts";
+import { NO_GPU } from "../on_gpu.ts";
 import {
   assertNothingPartial,
   assertRefused,
@@ -13,7 +14,6 @@ import {
   command,
   contentOf,
   inFolder,
-  NO_GPU,
   readJson,
   stage,
 } from "./process.ts";
