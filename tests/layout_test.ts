@@ -6,19 +6,19 @@ import { assert, assertEquals } from "@std/assert";
 
 /**
  * Folder → the folders whose files it may import, beside npm packages. Nothing imports scripts or tests. An op knows no
- * other op; only what describes an operand, a type without code, may be another's.
+ * other op; only types may be another's, and the operands that all matrix products take.
  */
 const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
   "scripts": ["lib/run", "lib/data", "lib/model", "lib/gpu", "lib/hub"],
   "lib/model": ["lib/model", "lib/ops", "lib/gpu", "lib/data"],
-  "lib/ops": ["lib/gpu", "kernels"],
+  "lib/ops": ["lib/gpu", "kernels", "lib/ops/matmul_operands.ts"],
   "lib/gpu": ["lib/gpu", "kernels"],
   "lib/data": ["lib/data"],
   "lib/run": ["lib/run", "lib/data"],
   "lib/hub": ["lib/hub"],
 };
 /** Budgets to notice growth, not goals: a house one can walk through, and files one can read at once. */
-const MOST_FILES = 98;
+const MOST_FILES = 99;
 const MOST_LINES = 400;
 /** Written apart, so that this file passes its own test. */
 const UNFINISHED = new RegExp(
@@ -82,7 +82,7 @@ Deno.test("importsOf() sees imports of every form, so that the tests below have 
 Deno.test("imports go only the ways of the table", () => {
   const wrong = sources.flatMap((path) =>
     importsIn(path, folderOf(path) === "lib/ops" ? withoutTypes(path) : text.get(path)!).filter(isOurs)
-      .filter((target) => !MAY_IMPORT[folderOf(path)]?.includes(folderOf(target)))
+      .filter((target) => ![folderOf(target), target].some((allowed) => MAY_IMPORT[folderOf(path)]?.includes(allowed)))
       .map((target) => `${path} -> ${target}`)
   );
   assertEquals(wrong, []);

@@ -7,7 +7,7 @@ import { fromFloat32, toFloat32 } from "../lib/data/dtype.ts";
 import { type Gpu, type LaneModel, openGpu } from "../lib/gpu/device.ts";
 import { type Command, createRows, type Rows } from "../lib/gpu/kernel.ts";
 import { run } from "../lib/gpu/program.ts";
-import { createTensor, downloadBytes, type Storage, type Tensor, upload } from "../lib/gpu/tensor.ts";
+import { BYTES, createTensor, downloadBytes, type Storage, type Tensor, upload } from "../lib/gpu/tensor.ts";
 
 const own = await openGpu().catch((error: Error) => {
   if (error.message.includes("no WebGPU adapter")) return undefined;
@@ -15,7 +15,6 @@ const own = await openGpu().catch((error: Error) => {
 });
 /** Whether tests that need a device are to be ignored: there is none, and REQUIRE_GPU=1 does not ask for one. */
 export const NO_GPU = own === undefined && Deno.env.get("REQUIRE_GPU") !== "1";
-const BYTES: Record<Storage, number> = { f32: 4, u32: 4, f16: 2, bf16: 2, u8: 1 };
 const GUARD = 0xa5, GUARD_BYTES = 4096;
 
 /** A tensor that a kernel writes, the bytes that it starts from, and behind them the guard. */

@@ -17,7 +17,11 @@ export interface Tensor {
   readonly bytes: number;
 }
 
-const BYTES: Record<Storage, number> = { f32: 4, u32: 4, f16: 2, bf16: 2, u8: 1 };
+/** Bytes of an element. */
+export const BYTES: Readonly<Record<Storage, number>> = { f32: 4, u32: 4, f16: 2, bf16: 2, u8: 1 };
+
+/** What kernels that read several float types call them: their constants F32, F16 and BF16. */
+export const FLOAT_TYPE: Readonly<Partial<Record<Storage, number>>> = { f32: 0, f16: 1, bf16: 2 };
 
 /** Bytes that a tensor takes in its buffer, rounded up to whole vec4 words so that kernels can load 16 bytes. */
 export function tensorBytes(shape: readonly number[], dtype: Storage): number {

@@ -7,7 +7,7 @@ import type { Command, Rows } from "../gpu/kernel.ts";
 import { createTensor, downloadBytes, type Tensor, upload } from "../gpu/tensor.ts";
 import type { ParameterSlot } from "../ops/adamw.ts";
 import type { Dropout } from "../ops/dropout.ts";
-import type { LoraOperands } from "../ops/matmul.ts";
+import type { LoraOperands } from "../ops/matmul_operands.ts";
 import { adapterTensors, type LoraConfig, scaling } from "./adapter.ts";
 import { type LinearModule, linearModules, linearShape, type ModelConfig } from "./config.ts";
 import type { Ops } from "./ops.ts";

@@ -1,11 +1,9 @@
 /** Binding of embedding.wgsl: rows of a table by index, and back. */
 import type { Gpu } from "../gpu/device.ts";
 import { type Dispatch, fold, Kernel, laneCount, type Rows } from "../gpu/kernel.ts";
-import type { Tensor } from "../gpu/tensor.ts";
+import { FLOAT_TYPE, type Tensor } from "../gpu/tensor.ts";
 import { groupsOf, widen, wideOf } from "../gpu/wide.ts";
 import source from "../../kernels/embedding.wgsl" with { type: "text" };
-
-const TYPE: Record<string, number> = { f32: 0, f16: 1, bf16: 2 };
 
 /** Row lookup over `dim` columns. */
 export function createEmbedding(gpu: Gpu, { dim }: { dim: number }) {
@@ -14,7 +12,7 @@ export function createEmbedding(gpu: Gpu, { dim }: { dim: number }) {
     /** `out[r] = table[ids[rows.first + r] − first]` for the ids that this slice of the table holds. */
     gather: (t: { rows: Rows; ids: Tensor; table: Tensor; out: Tensor; first?: number }): Dispatch =>
       kernel.record("gather", {
-        constants: { DIM: dim, TYPE: TYPE[t.table.dtype]!, FIRST: t.first ?? 0, COUNT: t.table.shape[0]! },
+        constants: { DIM: dim, TYPE: FLOAT_TYPE[t.table.dtype]!, FIRST: t.first ?? 0, COUNT: t.table.shape[0]! },
         bind: { rows: t.rows.buffer, ids: t.ids, table: t.table, half_table: t.table, out: t.out },
         grid: () => fold(groupsOf(gpu, t.rows.count)),
       }),

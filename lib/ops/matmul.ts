@@ -3,55 +3,12 @@
  * subgroup shuffles for CPU drivers. Which products belong to a linear layer is not known here.
  */
 import type { Gpu } from "../gpu/device.ts";
-import { type Dispatch, Kernel, type Rows } from "../gpu/kernel.ts";
-import { createTensor, type Storage, type Tensor } from "../gpu/tensor.ts";
+import { type Dispatch, Kernel } from "../gpu/kernel.ts";
+import { createTensor, FLOAT_TYPE } from "../gpu/tensor.ts";
+import { operandsSource, plusOf, type Product, productDims } from "./matmul_operands.ts";
 import narrowSource from "../../kernels/matmul_narrow.wgsl" with { type: "text" };
-import operandsSource from "../../kernels/matmul_operands.wgsl" with { type: "text" };
 import subgroupSource from "../../kernels/matmul_subgroup.wgsl" with { type: "text" };
 import tiledSource from "../../kernels/matmul_tiled.wgsl" with { type: "text" };
-
-/** Columns `[offset, offset + …)` of rows that are `stride` elements apart; both default to the whole tensor. */
-export interface Operand {
-  readonly tensor: Tensor;
-  readonly offset?: number;
-  readonly stride?: number;
-}
-
-/** One run of columns of the result with its own low-rank term: `lora_x[:, x .. x + r] · lora_w[w ..]`. */
-export interface LoraSegment {
-  /** Columns of the result in this segment. */
-  readonly columns: number;
-  /** Rank, padded to a multiple of 8; 0 where the module has no adapter. */
-  readonly r: number;
-  /** First column in `x`, and first element in `w`. */
-  readonly x: number;
-  readonly w: number;
-}
-
-/** The low-rank operands that ride along as extra inner columns. */
-export interface LoraOperands {
-  readonly x: Operand;
-  readonly w: Tensor;
-  readonly segments: readonly LoraSegment[];
-}
-
-/** A product's operands and sizes; `rows` is the number of rows of `x`. */
-export interface Product {
-  readonly rows: Rows;
-  readonly x: Operand;
-  readonly w: Operand;
-  readonly out: Operand;
-  /** Columns of the result. */
-  readonly n: number;
-  /** Inner length (`nt`, `nn`). */
-  readonly k?: number;
-  /** Columns of `x` (`tn`). */
-  readonly m?: number;
-  readonly scale?: number;
-  readonly lora?: LoraOperands | undefined;
-  /** A tensor of `out`'s layout that is added, or `"out"` to add to what `out` holds. */
-  readonly plus?: Tensor | "out" | undefined;
-}
 
 /** A recorded product whose tile may be changed: the bits of the result do not depend on it. */
 export interface ProductChoice {
@@ -76,8 +33,6 @@ export interface Matmul {
   /** The kernels that tiles are of. */
   readonly source: string;
 }
-
-const W_TYPE: Partial<Record<Storage, number>> = { f32: 0, f16: 1, bf16: 2 };
 
 /**
  * One way to compute a product: a kernel file, its constants, the rows and columns that a workgroup writes, and whether
@@ -181,13 +136,8 @@ export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
     return dispatch;
   };
   const recordTile = (entry: "nt" | "nn" | "tn", p: Product, tile: Tile): Dispatch => {
-    const { n, k = 0, m = 0, lora } = p;
-    const segments = lora?.segments ?? [];
-    check(entry, p, unit);
-    const end0 = segments[0]?.columns ?? n, end1 = end0 + (segments[1]?.columns ?? n - end0);
-    const stride = (o: Operand) => o.stride ?? o.tensor.shape.at(-1)!;
-    const plus = p.plus === "out" ? 2 : p.plus ? 1 : 0;
-    const lane = (i: number) => segments[i] ?? { r: 0, x: 0, w: 0 };
+    const { n, m = 0, lora } = p, dims = productDims(entry, p, unit), { k, end0, end1 } = dims;
+    const plus = plusOf(p);
     const most = p.out.tensor.shape[0]!, inner = entry === "tn" ? p.x.tensor.shape[0]! : k;
     const { kernel, constants, high, wide, down } = formOf(entry, entry === "tn" ? m : most, n, tile, inner);
     const columns = entry === "nt"
@@ -196,7 +146,7 @@ export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
     return kernel.record(entry, {
       constants: {
         ...constants,
-        W_TYPE: W_TYPE[p.w.tensor.dtype]!,
+        W_TYPE: FLOAT_TYPE[p.w.tensor.dtype]!,
         // Base weights of 16 bits mostly have an adapter: then the head needs no kernel of its own, a second of compiling.
         ...(gpu.lanes === "subgroup" ? { PLUS: plus, LORA: lora || p.w.tensor.dtype !== "f32" ? 1 : 0 } : {}),
       },
@@ -209,32 +159,7 @@ export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
         add: p.plus && p.plus !== "out" ? p.plus : nothing,
         out: p.out.tensor,
       },
-      dims: {
-        m,
-        n,
-        k,
-        x_offset: p.x.offset ?? 0,
-        x_stride: stride(p.x),
-        w_offset: p.w.offset ?? 0,
-        w_stride: stride(p.w),
-        out_offset: p.out.offset ?? 0,
-        out_stride: stride(p.out),
-        lora_x_stride: lora ? stride(lora.x) : 0,
-        lora_w_stride: entry === "nt" ? lane(0).r || lane(1).r || lane(2).r : n,
-        end0,
-        end1,
-        lora_x0: lane(0).x,
-        lora_x1: lane(1).x,
-        lora_x2: lane(2).x,
-        lora_w0: lane(0).w,
-        lora_w1: lane(1).w,
-        lora_w2: lane(2).w,
-        r0: lane(0).r,
-        r1: lane(1).r,
-        r2: lane(2).r,
-        scale: p.scale ?? 1,
-        ...(gpu.lanes === "subgroup" ? {} : { plus }),
-      },
+      dims: { ...dims, ...(gpu.lanes === "subgroup" ? {} : { plus }) },
       grid: () => {
         const rows = tiles(entry === "tn" ? m : p.rows.count, high);
         return down ? [rows, columns, 1] : [columns, rows, 1];
@@ -250,34 +175,3 @@ export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
   };
 }
 const tiles = (size: number, tile: number) => Math.ceil(size / tile);
-
-/** Kernels load whole vec4s and take what does not fit for something else, so sizes are refused here. */
-function check(entry: string, { x, w, out, n, k = 0, m = 0, lora }: Product, unit: number): void {
-  const name = `"${out.tensor.name}" = ${entry}("${x.tensor.name}", "${w.tensor.name}")`;
-  if (n % unit || m % unit || k % 8) {
-    throw new RangeError(`Cannot multiply ${name}: n ${n} and m ${m} must be multiples of ${unit}, k ${k} of 8`);
-  }
-  if (W_TYPE[w.tensor.dtype] === undefined) {
-    throw new TypeError(`Cannot multiply ${name}: weights are ${w.tensor.dtype}`);
-  }
-  const wide = entry === "nt" && w.tensor.dtype !== "f32";
-  const steps = [[x, 4], [w, wide ? 8 : 4], [out, unit]] as const;
-  const bad = steps.find(([{ offset = 0, stride = 0 }, step]) => offset % step || stride % step);
-  if (bad) {
-    throw new RangeError(
-      `Cannot multiply ${name}: offset and stride of "${bad[0].tensor.name}" must be multiples of ${bad[1]}`,
-    );
-  }
-  if (!lora) return;
-  const { segments } = lora, ranks = new Set(segments.map(({ r }) => r).filter((r) => r > 0));
-  const columns = segments.reduce((sum, segment) => sum + segment.columns, 0);
-  const most = entry === "nt" ? 3 : 1;
-  if (
-    segments.length > most || columns !== n || segments.some((s) => s.columns % unit || s.r % 8 || s.x % 4 || s.w % 4)
-  ) {
-    throw new RangeError(
-      `Cannot multiply ${name}: at most ${most} low-rank segments must cover the ${n} columns, in units of ${unit}, with ranks in eights`,
-    );
-  }
-  if (ranks.size > 1) throw new RangeError(`Cannot multiply ${name}: segments have ranks ${[...ranks]}: one is wanted`);
-}

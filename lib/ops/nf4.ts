@@ -1,14 +1,12 @@
 /** Binding of nf4.wgsl: 4-bit weights back to numbers. */
 import type { Gpu } from "../gpu/device.ts";
 import { type Dispatch, fold, Kernel } from "../gpu/kernel.ts";
-import type { Tensor } from "../gpu/tensor.ts";
+import { FLOAT_TYPE, type Tensor } from "../gpu/tensor.ts";
 import { widen, wideOf } from "../gpu/wide.ts";
 import source from "../../kernels/nf4.wgsl" with { type: "text" };
 
 /** Lanes of a workgroup: of several subgroups, where a driver has them. */
 const LANES = 64;
-
-const TYPE: Record<string, number> = { f32: 0, f16: 1, bf16: 2 };
 
 /** Dequantization with the 16 values of `code` (bitsandbytes' `quant_map`). */
 export function createNf4(gpu: Gpu, code: Float32Array<ArrayBuffer>) {
@@ -27,7 +25,7 @@ export function createNf4(gpu: Gpu, code: Float32Array<ArrayBuffer>) {
       return kernel.record("dequantize", {
         constants: {
           LANES,
-          TYPE: TYPE[t.out.dtype]!,
+          TYPE: FLOAT_TYPE[t.out.dtype]!,
           BLOCK_SHIFT: Math.log2(t.blocksize),
           BY_HAND: gpu.lanes === "subgroup" ? 1 : 0,
         },

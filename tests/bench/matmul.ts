@@ -3,14 +3,8 @@
  * sampled entries of its result checked first. Sizes are written rows x columns x inner length.
  */
 import type { Gpu } from "../../lib/gpu/device.ts";
-import {
-  createMatmul,
-  type LoraOperands,
-  type Matmul,
-  type Product,
-  type Tile,
-  tileName,
-} from "../../lib/ops/matmul.ts";
+import { createMatmul, type Matmul, type Tile, tileName } from "../../lib/ops/matmul.ts";
+import type { LoraOperands, Product } from "../../lib/ops/matmul_operands.ts";
 import { matmulNT } from "../reference.ts";
 import { agree, type Case, type Random, readFloats } from "./measure.ts";
 

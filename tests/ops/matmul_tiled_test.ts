@@ -5,7 +5,8 @@
  */
 import { assert, assertEquals } from "@std/assert";
 import type { Tensor } from "../../lib/gpu/tensor.ts";
-import { chooseTile, createMatmul, type LoraOperands, type Tile } from "../../lib/ops/matmul.ts";
+import { chooseTile, createMatmul, type Tile } from "../../lib/ops/matmul.ts";
+import type { LoraOperands } from "../../lib/ops/matmul_operands.ts";
 import { assertClose, wave } from "../check.ts";
 import { type Bench, gpuTest, stored } from "../on_gpu.ts";
 import { matmulNN, matmulNT, matmulTN } from "../reference.ts";

@@ -109,7 +109,7 @@ gpuTest("matvec.nt refuses sizes and types that it cannot read", async ({ gpu, i
   assertThrows(
     () => op.nt({ rows: rows(1), x, w, out, n: 6, k: 16 }),
     RangeError,
-    'Cannot multiply "out" = matvec("x", "w")',
+    'Cannot multiply "out" = nt("x", "w")',
   );
   assertThrows(() => op.nt({ rows: rows(1), x, w, out, n: 8, k: 12 }), RangeError, "k 12 of 8");
   const codes = { tensor: await input("codes", new Uint8Array(64), { dtype: "u8" }) };
