@@ -13,7 +13,7 @@ import { createHash } from "node:crypto";
 import { STORED } from "../lib/data/dtype.ts";
 import { openModel, writeSafetensors } from "../lib/data/safetensors.ts";
 import { loadTokenizer, tokenizerFiles } from "../lib/data/tokenizer.ts";
-import { describeAdapter } from "../lib/gpu/device.ts";
+import { openGpu } from "../lib/gpu/device.ts";
 import { fetchRepo } from "../lib/hub/download.ts";
 import { checkConfig, configJson, generationConfigJson, type ModelConfig } from "../lib/model/config.ts";
 import { logitsRange } from "../lib/model/llama.ts";
@@ -104,7 +104,7 @@ await stage.done({
     logits_min: min,
     logits_max: max,
   },
-  device: await describeAdapter(),
+  device: (await openGpu()).name,
 });
 
 /** Fetches safetensors, or PyTorch files where a repository has no other, with settings and tokenizer. */

@@ -13,7 +13,7 @@ import { toFloat32 } from "../lib/data/dtype.ts";
 import { NF4_NORMAL_ERROR } from "../lib/data/nf4.ts";
 import { openModel } from "../lib/data/safetensors.ts";
 import { tokenizerFiles } from "../lib/data/tokenizer.ts";
-import { describeAdapter } from "../lib/gpu/device.ts";
+import { openGpu } from "../lib/gpu/device.ts";
 import { generationConfigJson, readConfig } from "../lib/model/config.ts";
 import {
   countElements,
@@ -63,7 +63,7 @@ const stored = config.dtype;
 const precision = opt.mode !== "qlora"
   ? stored
   : `nf4 in blocks of 64${opt.doubleQuant ? ", double quantized" : ""}; embedding and norms ${stored}`;
-const device = await describeAdapter();
+const device = (await openGpu()).name;
 console.log(table([
   ["Parameters", count(after.parameters)],
   [opt.mode === "qlora" ? "Parameters (4-bit)" : "Stored elements", count(after.storedElements)],

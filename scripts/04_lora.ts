@@ -9,7 +9,7 @@
  * writes  artifacts/04_lora/adapter_config.json  adapter_model.safetensors  manifest.json
  */
 import { openModel } from "../lib/data/safetensors.ts";
-import { describeAdapter } from "../lib/gpu/device.ts";
+import { openGpu } from "../lib/gpu/device.ts";
 import {
   adapterTensors,
   initAdapter,
@@ -98,5 +98,5 @@ await stage.done({
     scaling: scaling(lora),
     fresh_adapter_is_noop: noop,
   },
-  device: await describeAdapter(),
+  device: (await openGpu()).name,
 });

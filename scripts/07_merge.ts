@@ -12,7 +12,7 @@
 import { exists } from "../lib/data/files.ts";
 import { openModel, openSafetensors } from "../lib/data/safetensors.ts";
 import { tokenizerFiles } from "../lib/data/tokenizer.ts";
-import { describeAdapter } from "../lib/gpu/device.ts";
+import { openGpu } from "../lib/gpu/device.ts";
 import { readAdapter } from "../lib/model/adapter.ts";
 import { parameterShapes, readConfig } from "../lib/model/config.ts";
 import { logitsOf } from "../lib/model/llama.ts";
@@ -114,7 +114,7 @@ await stage.done({
     adapter_parameters: adapterFile.parameters,
     adapter_bytes: adapterFile.size,
   },
-  device: await describeAdapter(),
+  device: (await openGpu()).name,
 });
 
 /** Merging onto 4-bit weights must be asked for: they are not the model that was converted. */

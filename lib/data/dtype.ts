@@ -147,6 +147,16 @@ export function fromFloat32(values: Float32Array, dtype: "F32" | "F16" | "BF16")
   return new Uint8Array(out.buffer);
 }
 
+/** The float32 bits of the smallest magnitude that is not finite in the dtype: 2^128, 65520, 2^128 - 2^119. */
+const LIMIT = { F32: 0x7f800000, F16: 0x477ff000, BF16: 0x7f7f8000 } as const;
+
+/** Index of the first value that is not a number in `dtype`, or would round to infinity there; -1 where all fit. */
+export function firstUnfit(values: Float32Array, dtype: "F32" | "F16" | "BF16"): number {
+  const bits = new Uint32Array(values.buffer, values.byteOffset, values.length), limit = LIMIT[dtype];
+  for (let i = 0; i < bits.length; i++) if ((bits[i]! & 0x7fffffff) >= limit) return i;
+  return -1;
+}
+
 /** The values after a stay in `dtype`: rounded to the nearest, ties to even. */
 export function rounded(values: Float32Array, dtype: "F32" | "F16" | "BF16"): Float32Array<ArrayBuffer> {
   return toFloat32(fromFloat32(values, dtype), dtype);

@@ -1,9 +1,9 @@
-/**
- * Opens the one GPU device of a process and turns every GPU error into the end of the process.
- * It never picks an algorithm: it only says what the device offers.
- */
+/** Opens the one GPU device of a process and turns every GPU error into the end of the process. */
 
-/** How lanes of a workgroup exchange values: by subgroup shuffles, or through workgroup memory. */
+/**
+ * How lanes of a workgroup exchange values, and with it which kernels run: "subgroup", by shuffles, those for CPU drivers with
+ * wide vectors, which also read images and access two vec4f at once; "shared", through workgroup memory, those for GPUs.
+ */
 export type LaneModel = "subgroup" | "shared";
 
 /** An open device and the facts that kernels are chosen by. */
@@ -40,11 +40,6 @@ let opened: Promise<Gpu> | undefined;
  */
 export function openGpu(): Promise<Gpu> {
   return opened ??= open();
-}
-
-/** The adapter's own description, for tables and manifests. */
-export async function describeAdapter(): Promise<string> {
-  return (await openGpu()).name;
 }
 
 async function open(): Promise<Gpu> {

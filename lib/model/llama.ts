@@ -269,7 +269,7 @@ export class Llama {
     return this.#train;
   }
 
-  /** Frees every buffer on the GPU; the model cannot be used afterwards. */
+  /** Frees weights, adapter, gradients and activations; the model cannot be used afterwards. */
   destroy(): void {
     const { weights, lora, plan, groups } = this;
     const all = [...weights.tensors, ...plan.rows.map(({ tensor }) => tensor), ...groups.map(({ grad }) => grad)];

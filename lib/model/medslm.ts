@@ -2,7 +2,7 @@
  * A MedSLM checkpoint as a Hugging Face Llama: its settings, its tensor names, its row order, tensor by tensor.
  * Refuses to guess: an unknown, missing or misshapen tensor and a setting that the shapes contradict are errors that name it.
  */
-import { fromFloat32, toFloat32 } from "../data/dtype.ts";
+import { firstUnfit, fromFloat32, toFloat32 } from "../data/dtype.ts";
 import { exists } from "../data/files.ts";
 import { openModel, openSafetensors, type TensorInfo, type TensorSource } from "../data/safetensors.ts";
 import { tokenizerFiles } from "../data/tokenizer.ts";
@@ -202,15 +202,13 @@ export function convertTensor(
   const bytes = source.read(mapping.from);
   const from = source.tensors.get(mapping.from)!.dtype;
   const values = toFloat32(bytes, from);
-  const limit = dtype === "F16" ? 65520 : dtype === "BF16" ? 3.3961775292304957e38 : Infinity; // rounds to infinity from here on
-  for (let i = 0; i < values.length; i++) {
-    if (!(Math.abs(values[i]!) < limit)) {
-      throw new RangeError(
-        `Cannot convert "${mapping.from}" of "${source.path}": value ${i} is ${
-          values[i]
-        }: ${dtype} holds numbers below ${limit}`,
-      );
-    }
+  const unfit = firstUnfit(values, dtype);
+  if (unfit >= 0) {
+    throw new RangeError(
+      `Cannot convert "${mapping.from}" of "${source.path}": value ${unfit} is ${
+        values[unfit]
+      }: a number that ${dtype} can hold is wanted`,
+    );
   }
   const out = from === dtype ? bytes : fromFloat32(values, dtype);
   return mapping.headDim === 0 ? out : halfSplitRows(out, { rows: mapping.shape[0]!, headDim: mapping.headDim });

@@ -2,7 +2,7 @@
  * An adapter folded into its base: W + scaling · B·A (LoRA, arXiv:2106.09685), summed in float64 and rounded. It never
  * quantizes the result again, which would lose most of what was learnt, and it writes no NaN and no infinity.
  */
-import { byteLength, fromFloat32, STORED, toFloat32 } from "../data/dtype.ts";
+import { byteLength, firstUnfit, fromFloat32, STORED, toFloat32 } from "../data/dtype.ts";
 import { openModel, type TensorSource, writeSafetensors } from "../data/safetensors.ts";
 import { adapterTensors, type LoraConfig, readAdapter, scaling } from "./adapter.ts";
 import {
@@ -35,9 +35,6 @@ export interface Merged {
   readonly parameters: number;
   readonly bytes: number;
 }
-
-/** The float32 bits of the smallest magnitude that is not finite in the dtype: 2^128, 65520, 2^128 - 2^119. */
-const LIMIT = { float32: 0x7f800000, float16: 0x477ff000, bfloat16: 0x7f7f8000 } as const;
 
 /**
  * How far a logit of the merged model may be from base + adapter, in parts of the largest logit. In float32 both add the
@@ -225,16 +222,12 @@ function checkValues(
     readonly dtype: ModelConfig["dtype"];
   },
 ): void {
-  const bits = new Uint32Array(values.buffer, values.byteOffset, values.length);
-  const limit = LIMIT[dtype];
-  for (let i = 0; i < bits.length; i++) {
-    if ((bits[i]! & 0x7fffffff) < limit) continue;
-    const width = shape.at(-1)!;
-    const place = shape.length === 1 ? `${i}` : `${Math.floor(i / width)}, ${i % width}`;
-    throw new RangeError(
-      `Cannot merge "${name}": the value at [${place}] is ${values[i]}: a number that ${dtype} can hold is wanted`,
-    );
-  }
+  const i = firstUnfit(values, STORED[dtype]);
+  if (i < 0) return;
+  const width = shape.at(-1)!, place = shape.length === 1 ? `${i}` : `${Math.floor(i / width)}, ${i % width}`;
+  throw new RangeError(
+    `Cannot merge "${name}": the value at [${place}] is ${values[i]}: a number that ${dtype} can hold is wanted`,
+  );
 }
 
 function elements(shape: readonly number[]): number {

@@ -5,7 +5,7 @@
 import { dynamicMap } from "../data/blockwise8.ts";
 import type { Gpu } from "../gpu/device.ts";
 import type { Command } from "../gpu/kernel.ts";
-import { createTensor, downloadBytes, type Tensor, upload } from "../gpu/tensor.ts";
+import { createTensor, type Tensor, upload } from "../gpu/tensor.ts";
 import {
   type Convention,
   createAdamw,
@@ -101,13 +101,6 @@ export async function createOptimizer(
     state,
     norms,
   };
-}
-
-/** Reads all moments back, as stored. */
-export async function readState(gpu: Gpu, optimizer: Optimizer): Promise<Map<string, Uint8Array<ArrayBuffer>>> {
-  const out = new Map<string, Uint8Array<ArrayBuffer>>();
-  for (const [name, tensor] of optimizer.state) out.set(name, await downloadBytes(gpu, tensor));
-  return out;
 }
 
 /** Puts moments back. Throws where a name or a size differs: the run was set up otherwise. */

@@ -10,7 +10,7 @@ import { download, upload } from "../gpu/tensor.ts";
 import { Llama, type LlamaOptions, type MicroBatch, RING } from "./llama.ts";
 import { type BatchLoss, meanByRows } from "./perplexity.ts";
 import { planBytes } from "./plan.ts";
-import { createOptimizer, type Optimizer, type OptimizerKind, readState, writeState } from "./optimizer.ts";
+import { createOptimizer, type Optimizer, type OptimizerKind, writeState } from "./optimizer.ts";
 
 /** What does not change from update to update. */
 export interface Hyperparameters {
@@ -153,11 +153,6 @@ export class Trainer {
   evaluate(batches: readonly MicroBatch[], rows: readonly number[]): Promise<EvaluationResult> {
     if (this.#pending.length > 0) throw new Error("Cannot evaluate: losses of earlier updates must be read first");
     return evaluate(this.llama, { batches, rows });
-  }
-
-  /** Moments of the optimizer, as stored. */
-  state(): Promise<Map<string, Uint8Array<ArrayBuffer>>> {
-    return readState(this.llama.gpu, this.optimizer);
   }
 
   /** Puts parameters and moments back, bit for bit. */

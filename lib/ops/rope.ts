@@ -16,7 +16,7 @@ export interface RopeShape {
 }
 
 /** Angles as transformers computes them: `position · theta^(−2j/D)`, each step in float32. */
-export function ropeTables({ headDim, theta, positions }: Omit<RopeShape, "heads" | "kvHeads">) {
+function ropeTables({ headDim, theta, positions }: Omit<RopeShape, "heads" | "kvHeads">) {
   const half = headDim / 2;
   const cosine = new Float32Array(positions * half), sine = new Float32Array(positions * half);
   for (let j = 0; j < half; j++) {

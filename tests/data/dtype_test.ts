@@ -1,6 +1,6 @@
 /** Element conversions against values worked out from the formats' definitions, ties and special values included. */
 import { assert, assertEquals, assertThrows } from "@std/assert";
-import { bitsPerElement, byteLength, fromFloat32, rounded, toFloat32 } from "../../lib/data/dtype.ts";
+import { bitsPerElement, byteLength, firstUnfit, fromFloat32, rounded, toFloat32 } from "../../lib/data/dtype.ts";
 
 const halves = (...bits: number[]) => new Uint8Array(Uint16Array.from(bits).buffer);
 const words = (...bits: number[]) => new Float32Array(Uint32Array.from(bits).buffer);
@@ -104,4 +104,17 @@ Deno.test("sizes are exact and what has no float value is refused", () => {
   assertThrows(() => byteLength("F4", [3]), RangeError, "12 bits");
   assertThrows(() => toFloat32(new Uint8Array(8), "I64"), TypeError, "Cannot read I64 values as float32");
   assertThrows(() => toFloat32(new Uint8Array(6), "F32"), RangeError, "Cannot read 6 bytes as F32");
+});
+
+Deno.test("firstUnfit() finds the first value that rounds to infinity or is no number, in each type", () => {
+  const below = { F32: 3.4028234663852886e38, F16: 65519.99, BF16: 3.3961775292304957e38 - 2 ** 104 };
+  for (const dtype of ["F32", "F16", "BF16"] as const) {
+    const fits = Float32Array.of(0, below[dtype], -below[dtype], 1e-45);
+    assertEquals(firstUnfit(fits, dtype), -1);
+    assertEquals(rounded(fits, dtype).every(Number.isFinite), true);
+    for (const bad of [NaN, Infinity, -Infinity, ...dtype === "F32" ? [] : [3.3961775292304957e38, -3.4e38]]) {
+      assertEquals(firstUnfit(Float32Array.of(1, bad, NaN), dtype), 1, `${bad} in ${dtype}`);
+    }
+  }
+  assertEquals(firstUnfit(Float32Array.of(65520), "F16"), 0);
 });
