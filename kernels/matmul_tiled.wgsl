@@ -1,12 +1,12 @@
-// matmul_tiled — matrix products for GPUs: tiles in workgroup memory, register tiles of 8 × 8 or 4 × 4 per thread.
+// matmul_tiled — matrix products for GPUs: tiles in workgroup memory, register tiles of 4 × 4 to 16 × 8 per thread.
 //
 //   nt   out[i,j] = scale · (Σ_k x[i,k] · w[j,k] + Σ_r lora_x[i,r] · lora_w[j,r])  (+ add | + out)
 //   nn   out[i,j] = scale · (Σ_k x[i,k] · w[k,j] + Σ_r lora_x[i,r] · lora_w[r,j])  (+ add | + out)
 //   tn   out[i,j] = scale · Σ_t x[t,i] · w[t,j]  (+ out)
 //
 //   operands   see matmul_operands.wgsl, which is appended
-//   tile       BM rows by BN columns, each 64 or 128, and BK inner steps at a time: 16 or 32 with BM · BK and BN · BK
-//              multiples of 2048; (BM + BN) · BK · 4 bytes of workgroup memory
+//   tile       BM rows (64, 128 or 256) by BN columns (64 or 128), and BK inner steps at a time: 16 or 32 with BM · BK and
+//              BN · BK multiples of 2048, at most 4096; (BM + BN) · BK · 4 bytes of workgroup memory
 //   grid       nt, nn: [column tiles, row tiles]; tn: [column tiles of w, column tiles of x]; nt counts the tiles of each
 //              segment apart
 //
@@ -60,15 +60,16 @@ fn keep_w8(slab: u32, row: u32, value: mat2x4f) {
 }
 
 /// c += the x tile · the w tile; c[2 i + j] holds columns 64 j + 4 quad .. of row i, rows 64 (i / 4) + 4 quad + i % 4.
-fn multiply(c: ptr<function, array<vec4f, 16>>, quad: vec2u) {
+fn multiply(c: ptr<function, array<vec4f, 32>>, quad: vec2u) {
   let tx = quad.x;
   let ty = quad.y;
   // unroll: literal slabs, steps and registers
   for (var k = 0u; k < BK; k++) {
-    let a = mat2x4f(
-      x_tile[k / 8u * (BM / 64u)][k % 8u][ty],
-      x_tile[k / 8u * (BM / 64u) + BM / 64u - 1u][k % 8u][ty],
-    );
+    var a: array<vec4f, 4>;
+    // unroll
+    for (var s = 0u; s < BM / 64u; s++) {
+      a[s] = x_tile[k / 8u * (BM / 64u) + s][k % 8u][ty];
+    }
     let b = mat2x4f(
       w_tile[k / 8u * (BN / 64u)][k % 8u][tx],
       w_tile[k / 8u * (BN / 64u) + BN / 64u - 1u][k % 8u][tx],
@@ -84,7 +85,7 @@ fn multiply(c: ptr<function, array<vec4f, 16>>, quad: vec2u) {
 }
 
 /// Writes what of the tile at (row, column) lies inside `high` rows and `wide` columns.
-fn finish(c: ptr<function, array<vec4f, 16>>, row: u32, column: u32, high: u32, wide: u32) {
+fn finish(c: ptr<function, array<vec4f, 32>>, row: u32, column: u32, high: u32, wide: u32) {
   // unroll
   for (var i = 0u; i < BM / 16u; i++) {
     // unroll
@@ -154,7 +155,7 @@ fn nt(
   let w_lora = (tile.lora_w + (column - tile.start) * dims.lora_w_stride) >> 2u;
   let w_k = thread / BN * 8u;
   let quad = quads(thread);
-  var c: array<vec4f, 16>;
+  var c: array<vec4f, 32>;
   var x_next: array<mat2x4f, 2>;
   var w_next: array<Raw8, 2>;
   // unroll
@@ -214,7 +215,7 @@ fn nn(
   let w_column = dims.w_offset + column;
   let w_lora = (dims.lora_w0 + column) >> 2u;
   let quad = quads(thread);
-  var c: array<vec4f, 16>;
+  var c: array<vec4f, 32>;
   var x_next: array<mat2x4f, 2>;
   var w_next: array<vec4u, 4>;
   // unroll
@@ -285,7 +286,7 @@ fn tn(
   let w_slab = w_k / 8u * (BN / 64u) + w_quad / 16u;
   let w_column = dims.w_offset + min(column0 + w_quad * 4u, dims.n - 4u);
   let quad = quads(thread);
-  var c: array<vec4f, 16>;
+  var c: array<vec4f, 32>;
   var x_next: array<vec4f, 4>;
   var w_next: array<vec4u, 4>;
   // unroll
@@ -299,7 +300,7 @@ fn tn(
   for (var step = 0u; step < rows.x; step += BK) {
     // unroll
     for (var u = 0u; u < BM * BK / 1024u; u++) {
-      x_tile[x_slab + u * 2u][x_k & 7u][x_quad & 15u] = x_next[u];
+      x_tile[x_slab + u * (1024u / BM) / 8u * (BM / 64u)][(x_k + u * (1024u / BM)) & 7u][x_quad & 15u] = x_next[u];
     }
     // unroll
     for (var u = 0u; u < BN * BK / 1024u; u++) {

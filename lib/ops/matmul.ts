@@ -72,6 +72,7 @@ export function tilesOf(gpu: Gpu): readonly Exclude<Tile, "narrow">[] {
     { BM: 128, BN: 128, BK: 16, BAND: 2 },
     { BM: 128, BN: 128, BK: 16, BAND: 32 },
     { BM: 128, BN: 128, BK: 32 },
+    { BM: 256, BN: 128, BK: 16 },
     { BM: 128, BN: 64, BK: 32 },
     { BM: 64, BN: 128, BK: 32 },
     { BM: 64, BN: 64, BK: 32 },
