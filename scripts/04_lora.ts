@@ -9,6 +9,7 @@
  * writes  artifacts/04_lora/adapter_config.json  adapter_model.safetensors  manifest.json
  */
 import { openModel } from "../lib/data/safetensors.ts";
+import { readJsonObject } from "../lib/data/files.ts";
 import { openGpu } from "../lib/gpu/device.ts";
 import {
   adapterTensors,
@@ -18,7 +19,7 @@ import {
   saveAdapter,
   scaling,
 } from "../lib/model/adapter.ts";
-import { linearModules, readConfig, readJsonObject } from "../lib/model/config.ts";
+import { linearModules, readConfig } from "../lib/model/config.ts";
 import { adapterIsNoop } from "../lib/model/llama.ts";
 import { countElements } from "../lib/model/quantized.ts";
 import { byRecipe, checkNumbers, choice, flags, unset } from "../lib/run/flags.ts";

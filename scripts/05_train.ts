@@ -11,11 +11,11 @@
  * writes  artifacts/05_train/adapter (or model)  checkpoints/  log.jsonl  trainer_state.json  report.html  manifest.json
  */
 import { evaluationBatches, mostTokens, readSplit, trainingBatches, type UpdateBatches } from "../lib/data/batches.ts";
-import { copyFolder, removeIfThere } from "../lib/data/files.ts";
+import { copyFolder, readJsonObject, removeIfThere } from "../lib/data/files.ts";
 import { byLabel, chromeTrace } from "../lib/gpu/trace.ts";
 import { readAdapter } from "../lib/model/adapter.ts";
 import { listCheckpoints, loadCheckpoint, pruneCheckpoints, saveCheckpoint } from "../lib/model/checkpoint.ts";
-import { readConfig, readJsonObject } from "../lib/model/config.ts";
+import { readConfig } from "../lib/model/config.ts";
 import { saveTrained } from "../lib/model/save.ts";
 import { learningRate, plannedSteps, warmupSteps } from "../lib/model/schedule.ts";
 import { tileRows } from "../lib/model/tiles.ts";
@@ -81,9 +81,11 @@ const { resume, loggingSteps, profile, ...recorded } = opt; // these change noth
 const stage = await beginStage("05_train", recorded, { reads });
 const config = readConfig(opt.model);
 const reader = {
-  ...{ model: opt.model, dataset: opt.dataset },
+  model: opt.model,
+  dataset: opt.dataset,
   tokenizer: stage.reads.find(({ path }) => path === `${opt.model}/tokenizer.json`)?.sha256,
-  ...{ vocabulary: config.vocab_size, positions: config.max_position_embeddings },
+  vocabulary: config.vocab_size,
+  positions: config.max_position_embeddings,
 };
 const train = readSplit("train", reader), validation = readSplit("validation", reader);
 const rows = train.rowOffsets.length - 1;
@@ -100,7 +102,14 @@ const adapter = mode === "full" ? undefined : readAdapter(opt.adapter, config);
 const tiles = openCache("tiles");
 let choosing: Progress | undefined;
 const trainer = await Trainer.open({
-  ...{ ...opt, adapter, tokens, train: mode === "full" ? "full" : "lora", hyper: opt, tiles },
+  model: opt.model,
+  adapter,
+  train: mode === "full" ? "full" : "lora",
+  hyper: opt,
+  tokens,
+  checkpointing: opt.checkpointing,
+  resident: opt.resident,
+  tiles,
   onTile: (done, all) => (choosing ??= progress("tiles, chosen once per device", all)).tick(done),
 });
 choosing?.end();

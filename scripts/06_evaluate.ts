@@ -230,8 +230,18 @@ async function examine(
   const context = Math.min(positions, Math.max(...prompts.map(({ length }) => length)) + opt.maxNewTokens);
   const { sequences: batch, maxNewTokens, greedy, temperature, topP, topK, repetitionPenalty, seed } = opt;
   const answers = await generateAll({
-    ...{ model: llama, batch, context, eosIds: [tokenizer.eosId], onToken },
-    ...{ maxNewTokens, greedy, temperature, topP, topK, repetitionPenalty, seed },
+    model: llama,
+    batch,
+    context,
+    eosIds: [tokenizer.eosId],
+    onToken,
+    maxNewTokens,
+    greedy,
+    temperature,
+    topP,
+    topK,
+    repetitionPenalty,
+    seed,
   }, prompts);
   bar.end();
   written += made;

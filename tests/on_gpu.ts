@@ -5,6 +5,7 @@
 import { assertEquals } from "@std/assert";
 import { fromFloat32, toFloat32 } from "../lib/data/dtype.ts";
 import { type Gpu, type LaneModel, openGpu } from "../lib/gpu/device.ts";
+import { destroyImage } from "../lib/gpu/image.ts";
 import { type Command, createRows, type Rows } from "../lib/gpu/kernel.ts";
 import { run } from "../lib/gpu/program.ts";
 import { BYTES, createTensor, downloadBytes, type Storage, type Tensor, upload } from "../lib/gpu/tensor.ts";
@@ -129,7 +130,10 @@ export function gpuTest(
       async fn() {
         const made: GPUBuffer[] = [];
         await body(createBench({ ...await openGpu(), lanes }, made));
-        for (const buffer of made) buffer.destroy();
+        for (const buffer of made) {
+          destroyImage(buffer);
+          buffer.destroy();
+        }
       },
     });
   }

@@ -14,6 +14,26 @@ export function exists(path: string): boolean {
   }
 }
 
+/** Parses a file that must hold one JSON object; throws a SyntaxError that names the file. */
+export function readJsonObject(path: string): Record<string, unknown> {
+  let text: string;
+  try {
+    text = Deno.readTextFileSync(path);
+  } catch (error) {
+    throw new Error(`Cannot read "${path}": ${error instanceof Deno.errors.NotFound ? "no such file" : error}`);
+  }
+  let value: unknown;
+  try {
+    value = JSON.parse(text);
+  } catch (error) {
+    throw new SyntaxError(`Cannot read "${path}": ${(error as Error).message}`);
+  }
+  if (typeof value !== "object" || value === null || Array.isArray(value)) {
+    throw new SyntaxError(`Cannot read "${path}": it must hold one JSON object`);
+  }
+  return value as Record<string, unknown>;
+}
+
 /** Removes a file, or a folder with all that is in it, where there is one. */
 export async function removeIfThere(path: string): Promise<void> {
   try {

@@ -3,7 +3,7 @@
  * Refuses a folder without an end-of-text token: a model that never learns to stop is of no use.
  */
 import { ByteLevelPreTokenizer, SequencePreTokenizer, Tokenizer as Library } from "@huggingface/tokenizers";
-import { exists } from "./files.ts";
+import { exists, readJsonObject } from "./files.ts";
 
 /** A loaded tokenizer; `vocabSize` is the largest id plus one. */
 export interface Tokenizer {
@@ -165,12 +165,5 @@ function readOptional(path: string): Record<string, unknown> {
 
 function readObject(path: string): Record<string, unknown> {
   if (!exists(path)) throw new Error(`Cannot read "${path}": no such file: a tokenizer folder is wanted`);
-  let value: unknown;
-  try {
-    value = JSON.parse(Deno.readTextFileSync(path));
-  } catch (error) {
-    throw new SyntaxError(`Cannot read "${path}": ${(error as Error).message}`);
-  }
-  if (typeof value === "object" && value !== null && !Array.isArray(value)) return value as Record<string, unknown>;
-  throw new SyntaxError(`Cannot read "${path}": it does not hold a JSON object`);
+  return readJsonObject(path);
 }

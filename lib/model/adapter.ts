@@ -5,14 +5,8 @@
 import { fromFloat32, STORED, toFloat32 } from "../data/dtype.ts";
 import { TorchGenerator } from "../data/random.ts";
 import { openSafetensors, writeSafetensors } from "../data/safetensors.ts";
-import {
-  type LinearModule,
-  linearModules,
-  linearShape,
-  type ModelConfig,
-  moduleName,
-  readJsonObject,
-} from "./config.ts";
+import { readJsonObject } from "../data/files.ts";
+import { type LinearModule, linearModules, linearShape, type ModelConfig, moduleName } from "./config.ts";
 
 /** The fields of adapter_config.json that the computation depends on, under PEFT's names. */
 export interface LoraConfig {

@@ -5,6 +5,7 @@
  * Dimension letters used everywhere: `B` batch, `T` tokens, `C` model width, `H` query heads, `KV` key/value heads,
  * `D` head width, `F` MLP width, `V` vocabulary, `L` layers, `R` LoRA rank.
  */
+import { readJsonObject } from "../data/files.ts";
 
 /** The fields of config.json that the computation depends on, under Hugging Face's names. */
 export interface ModelConfig {
@@ -182,26 +183,6 @@ function ropeTheta(json: Readonly<Record<string, unknown>>, path: string): numbe
     );
   }
   return theta;
-}
-
-/** Parses a file that must hold one JSON object; throws a SyntaxError that names the file. */
-export function readJsonObject(path: string): Record<string, unknown> {
-  let text: string;
-  try {
-    text = Deno.readTextFileSync(path);
-  } catch (error) {
-    throw new Error(`Cannot read "${path}": ${error instanceof Deno.errors.NotFound ? "no such file" : error}`);
-  }
-  let value: unknown;
-  try {
-    value = JSON.parse(text);
-  } catch (error) {
-    throw new SyntaxError(`Cannot read "${path}": ${(error as Error).message}`);
-  }
-  if (typeof value !== "object" || value === null || Array.isArray(value)) {
-    throw new SyntaxError(`Cannot read "${path}": it must hold one JSON object`);
-  }
-  return value as Record<string, unknown>;
 }
 
 const FLOATS: ReadonlySet<string> = new Set(["attention_dropout", "initializer_range", "rms_norm_eps", "rope_theta"]);

@@ -3,18 +3,11 @@
  * Refuses to guess: an unknown, missing or misshapen tensor and a setting that the shapes contradict are errors that name it.
  */
 import { firstUnfit, fromFloat32, toFloat32 } from "../data/dtype.ts";
-import { exists } from "../data/files.ts";
+import { exists, readJsonObject } from "../data/files.ts";
 import { openModel, openSafetensors, type TensorInfo, type TensorSource } from "../data/safetensors.ts";
 import { tokenizerFiles } from "../data/tokenizer.ts";
 import { openTorchCheckpoint } from "../data/torch_zip.ts";
-import {
-  checkConfig,
-  type LinearModule,
-  type ModelConfig,
-  moduleName,
-  parameterShapes,
-  readJsonObject,
-} from "./config.ts";
+import { checkConfig, type LinearModule, type ModelConfig, moduleName, parameterShapes } from "./config.ts";
 import { readSettings } from "./medslm_settings.ts";
 
 /** An open checkpoint: its folder, its settings as found and what was noticed while opening it. */

@@ -5,6 +5,7 @@
 import process from "node:process";
 import { fromFloat32, toFloat32 } from "../../lib/data/dtype.ts";
 import type { Gpu } from "../../lib/gpu/device.ts";
+import { destroyImage } from "../../lib/gpu/image.ts";
 import { type Command, createRows, type Dispatch, type Rows } from "../../lib/gpu/kernel.ts";
 import { run, timePasses } from "../../lib/gpu/program.ts";
 import { createTensor, downloadBytes, type Storage, type Tensor, upload } from "../../lib/gpu/tensor.ts";
@@ -103,7 +104,10 @@ export async function benchCase(
     await check();
     measured = await measure(gpu, commands, { quick, reset });
   } finally {
-    for (const buffer of made) buffer.destroy();
+    for (const buffer of made) {
+      destroyImage(buffer);
+      buffer.destroy();
+    }
   }
   const work = ("flop" in of.work ? of.work.flop : of.work.bytes) / 1e6, rate = work / measured.ms;
   const per_cpu_s = measured.cpu_ms === null ? null : work / measured.cpu_ms;
