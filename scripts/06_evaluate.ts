@@ -19,7 +19,7 @@ import { bootstrapDifference, measurePerplexity, type Perplexity } from "../lib/
 import { tileRows } from "../lib/model/tiles.ts";
 import { checkSampling } from "../lib/model/sample.ts";
 import { openCache } from "../lib/run/cache.ts";
-import { byRecipe, checkNumbers, flags } from "../lib/run/flags.ts";
+import { byRecipe, checkNumbers, flags, unset } from "../lib/run/flags.ts";
 import { beginStage, readManifest, writeAtomic } from "../lib/run/manifest.ts";
 import { count, percent, progress, table } from "../lib/run/print.ts";
 import { barChart, histogram, writeReport } from "../lib/run/report.ts";
@@ -27,7 +27,7 @@ import { barChart, histogram, writeReport } from "../lib/run/report.ts";
 const opt = flags(import.meta, {
   model: "artifacts/02_load", // the base
   adapter: "artifacts/05_train/adapter",
-  tuned: "artifacts/05_train/model", // instead of the adapter, when 05 trained all weights
+  tuned: unset, // a whole model instead of the adapter: artifacts/05_train/model, where 05 trained all weights
   dataset: "artifacts/03_dataset",
   batchSize: 4, // rows per micro-batch; eval_loss depends on it, perplexity does not
   resamples: 2000, // of the bootstrap
@@ -49,8 +49,11 @@ checkSampling(opt);
 
 // 1. What is compared: one base, with and without the adapter, or two whole models.
 const full = readManifest(opt.model)?.flags.mode === "full";
-const tunedParts = full ? { model: opt.tuned } : { model: opt.model, adapter: opt.adapter };
-const stage = await beginStage("06_evaluate", opt, { reads: [opt.model, opt.dataset, full ? opt.tuned : opt.adapter] });
+const whole = opt.tuned === unset && full ? "artifacts/05_train/model" : opt.tuned;
+const tunedParts = whole === unset ? { model: opt.model, adapter: opt.adapter } : { model: whole };
+const stage = await beginStage("06_evaluate", opt, {
+  reads: [opt.model, opt.dataset, whole === unset ? opt.adapter : whole],
+});
 const { max_position_embeddings: positions, vocab_size: vocabulary } = readConfig(opt.model);
 const digest = stage.reads.find(({ path }) => path === `${opt.model}/tokenizer.json`)?.sha256;
 const test = readSplit("test", { ...opt, tokenizer: digest, vocabulary, positions });

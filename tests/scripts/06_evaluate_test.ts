@@ -28,6 +28,7 @@ Deno.test("06 refuses numbers that have no meaning, and rows that are not for th
     Deno.symlinkSync(`${ROOT}fixtures/tiny/tokenizer`, `${dir}/tokenizer`);
     await stage(dir, "03_dataset", "--source qa --tokenizer tokenizer");
     const rows = readRows(`${dir}/artifacts/03_dataset/test.safetensors`);
+    await refused("--model model --tuned nowhere", /^Cannot read "nowhere": no such file or folder/m);
     Deno.mkdirSync(`${dir}/data`);
     const line = `--model model --adapter ${ROOT}fixtures/golden/tiny/generate_adapter --dataset data`;
     await writeRows(`${dir}/data/test.safetensors`, { ...rows, metadata: { tokenizer_sha256: "0" } });
