@@ -9,12 +9,10 @@ import { createTensor, destroyTensors, type Tensor } from "../gpu/tensor.ts";
 import { type Cache, createAttentionDecode, NO_SLOT } from "../ops/attention_decode.ts";
 import { createMatvec, rowBlock } from "../ops/matvec.ts";
 import { decode, forward } from "./layer.ts";
-import { documentSpans, type Llama } from "./llama.ts";
+import { documentSpans } from "./llama.ts";
 import { type Ops, paddedVocab } from "./ops.ts";
+import type { ModelParts } from "./parts.ts";
 import { createPlan, type Plan } from "./plan.ts";
-
-/** What decoding needs of a model; a `Llama` has it. */
-export type ModelParts = Pick<Llama, "gpu" | "config" | "ops" | "weights" | "lora">;
 
 /** A token to run, its place in its sequence, and the sequence's slot in the cache. */
 export interface Step {

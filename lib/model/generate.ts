@@ -2,15 +2,10 @@
  * Writing answers token by token, several at once: which prompt has which place in the cache, which token comes next, when
  * an answer ends. A place that becomes free goes to the next prompt. An answer does not depend on what is written beside it.
  */
-import { openGpu } from "../gpu/device.ts";
-import { destroyTensors } from "../gpu/tensor.ts";
-import { type Adapter, readAdapter } from "./adapter.ts";
-import { readConfig } from "./config.ts";
-import { Decoder, type ModelParts } from "./decoder.ts";
-import { createLora } from "./lora.ts";
-import { createOps } from "./ops.ts";
+import type { Adapter } from "./adapter.ts";
+import { Decoder } from "./decoder.ts";
+import { destroyParts, type ModelParts, openParts } from "./parts.ts";
 import { checkSampling, NEUTRAL, nextToken, type Sampling } from "./sample.ts";
-import { planWeights } from "./weights.ts";
 
 /** What writes: a model folder with or without an adapter, or a model that is open already. */
 export interface GeneratorOptions {
@@ -67,7 +62,7 @@ export async function createGenerator(options: GeneratorOptions): Promise<Genera
     throw new TypeError("Cannot add an adapter to a model that is open already");
   }
   const { parts, fill } = typeof model === "string"
-    ? await planParts(model, adapter)
+    ? await openParts({ model, adapter, resident: true })
     : { parts: model, fill: () => Promise.resolve() };
   const most = parts.config.max_position_embeddings, context = options.context ?? most;
   if (!(Number.isInteger(context) && context > 1 && context <= most)) {
@@ -82,10 +77,7 @@ export async function createGenerator(options: GeneratorOptions): Promise<Genera
     generate: (prompts, how) => generate(decoder, prompts, how),
     destroy() {
       decoder.destroy();
-      if (typeof model !== "string") return;
-      const all = [...parts.weights.tensors, ...(parts.lora ?? []).flatMap(({ params, grads }) => [params, grads])];
-      destroyTensors(all);
-      parts.ops.rope.destroy();
+      if (typeof model === "string") destroyParts(parts);
     },
   };
 }
@@ -100,15 +92,6 @@ export async function generateAll(
   const answers = await generator.generate(prompts, options);
   generator.destroy();
   return answers;
-}
-
-async function planParts(model: string, adapter: string | Adapter | undefined) {
-  const gpu = await openGpu(), config = readConfig(model);
-  const read = typeof adapter === "string" ? readAdapter(adapter, config) : adapter;
-  const ops = await createOps(gpu, config);
-  const { weights, fill } = planWeights(gpu, { dir: model, config, resident: true });
-  const parts: ModelParts = { gpu, config, ops, weights, lora: read && await createLora(gpu, { config, ...read }) };
-  return { parts, fill };
 }
 
 async function generate(

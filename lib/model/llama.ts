@@ -2,22 +2,22 @@
  * The model as scripts see it: loaded onto the GPU with its buffers planned and its commands recorded, it evaluates and
  * trains on packed micro-batches. Explicit forward and backward, no tape: `layer.ts` and `head.ts` hold the mathematics.
  */
-import { type Gpu, openGpu } from "../gpu/device.ts";
+import type { Gpu } from "../gpu/device.ts";
 import { type Command, createRows, type Rows } from "../gpu/kernel.ts";
 import { compile, run } from "../gpu/program.ts";
 import { createTensor, destroyTensors, download, downloadBytes, type Tensor } from "../gpu/tensor.ts";
 import { createDropout } from "../ops/dropout.ts";
-import { type Adapter, readAdapter } from "./adapter.ts";
 import { type ModelConfig, readConfig } from "./config.ts";
 import { createFullGradients, type FullGradients } from "./full.ts";
 import { createHead, type Head } from "./head.ts";
 import { backward, decode, forward } from "./layer.ts";
-import { createLora, type LayerLora, type LoraDropout, readSlots } from "./lora.ts";
-import { createOps, type Ops } from "./ops.ts";
+import { type LayerLora, type LoraDropout, readSlots } from "./lora.ts";
+import type { Ops } from "./ops.ts";
 import type { ParameterGroup } from "./optimizer.ts";
+import { destroyParts, type ModelParts, openParts, type PartsOptions } from "./parts.ts";
 import { createPlan, headChunk, type Plan } from "./plan.ts";
 import { chooseTiles, type ChosenTile, type TileCache } from "./tiles.ts";
-import { planWeights, type Weights } from "./weights.ts";
+import type { Weights } from "./weights.ts";
 
 /** Packed documents: positions restart at 0 where one begins; `targets[i]` is the token that token i predicts, or −100. */
 export interface MicroBatch {
@@ -27,22 +27,14 @@ export interface MicroBatch {
 }
 
 /** How to open a model. */
-export interface LlamaOptions {
-  /** A model folder, dense or 4-bit. */
-  readonly model: string;
-  /** An adapter folder, or one already read. */
-  readonly adapter?: string | Adapter | undefined;
+export interface LlamaOptions extends Omit<PartsOptions, "trainable"> {
   /** `none` only evaluates; `lora` trains the adapter, `full` every weight. */
   readonly train?: "none" | "lora" | "full";
   /** Most tokens of a micro-batch. */
   readonly tokens: number;
   readonly checkpointing?: "none" | "block";
-  /** Decode 4-bit weights once and keep them. */
-  readonly resident?: boolean;
   /** Leave the gradient of the embedding's output in `plan.gradients.dx` although no adapter needs it: for checks. */
   readonly inputGradient?: boolean;
-  /** The device; the process's own by default. */
-  readonly gpu?: Gpu;
   /** Where measured tiles of the products are kept; without it they follow a rule. */
   readonly tiles?: TileCache;
   /** Called while tiles are measured. */
@@ -53,7 +45,7 @@ export interface LlamaOptions {
 export const RING = 64;
 
 /** A loaded model. */
-export class Llama {
+export class Llama implements ModelParts {
   readonly gpu: Gpu;
   readonly config: ModelConfig;
   readonly ops: Ops;
@@ -76,19 +68,13 @@ export class Llama {
   readonly #train: readonly Command[];
 
   private constructor(
-    gpu: Gpu,
-    parts: {
-      config: ModelConfig;
-      ops: Ops;
-      weights: Weights;
-      lora: LayerLora[] | undefined;
+    { gpu, config, ops, weights, lora, plan, full, dropout }: ModelParts & {
       plan: Plan;
       full: FullGradients | undefined;
       dropout: number;
     },
     { checkpointing, inputGradient }: { checkpointing: "none" | "block"; inputGradient: boolean },
   ) {
-    const { config, ops, weights, lora, plan, full, dropout } = parts;
     this.gpu = gpu;
     this.config = config;
     this.ops = ops;
@@ -158,15 +144,9 @@ export class Llama {
 
   /** Loads a model and plans its buffers. Throws where a file or a limit of the device stands against it. */
   static async open(options: LlamaOptions): Promise<Llama> {
-    const { model, tokens, train = "none", checkpointing = "none", resident = false, inputGradient = false } = options;
-    const gpu = options.gpu ?? await openGpu();
-    const config = readConfig(model);
-    const ops = await createOps(gpu, config);
-    const { weights, fill } = planWeights(gpu, { dir: model, config, trainable: train === "full", resident });
-    const adapter = typeof options.adapter === "string" ? readAdapter(options.adapter, config) : options.adapter;
-    const dropout = adapter?.lora.lora_dropout ?? 0;
-    const lora = adapter && await createLora(gpu, { config, ...adapter });
-    const chunk = headChunk(gpu, { config, tokens, checkpointing });
+    const { tokens, train = "none", checkpointing = "none", inputGradient = false } = options;
+    const { parts, dropout, fill } = await openParts({ ...options, trainable: train === "full" });
+    const { gpu, config, weights, lora } = parts;
     const plan = createPlan(gpu, {
       config,
       tokens,
@@ -174,14 +154,13 @@ export class Llama {
       training: train !== "none",
       dropout: train === "lora" && dropout > 0,
       lora: lora?.[0], // scratch is shared: all layers are alike
-      chunk,
+      chunk: headChunk(gpu, { config, tokens, checkpointing }),
     });
     const full = train === "full" ? createFullGradients(gpu, { config, weights, tokens }) : undefined;
-    const parts = { config, ops, weights, lora, plan, full, dropout };
-    const llama = new Llama(gpu, parts, { checkpointing, inputGradient });
+    const llama = new Llama({ ...parts, plan, full, dropout }, { checkpointing, inputGradient });
     llama.#compile();
     await fill();
-    if (options.tiles && ops.matmul.choices.length > 0) await llama.#chooseTiles(options.tiles, options.onTile);
+    if (options.tiles && parts.ops.matmul.choices.length > 0) await llama.#chooseTiles(options.tiles, options.onTile);
     return llama;
   }
 
@@ -271,11 +250,8 @@ export class Llama {
 
   /** Frees weights, adapter, gradients and activations; the model cannot be used afterwards. */
   destroy(): void {
-    const { weights, lora, plan, groups } = this;
-    const all = [...weights.tensors, ...plan.rows.map(({ tensor }) => tensor), ...groups.map(({ grad }) => grad)];
-    for (const { params, grads } of lora ?? []) all.push(params, grads);
-    destroyTensors(all);
-    this.ops.rope.destroy();
+    destroyTensors([...this.plan.rows.map(({ tensor }) => tensor), ...this.groups.map(({ grad }) => grad)]);
+    destroyParts(this);
   }
 
   /** Zeroes all gradients, before the first micro-batch of an update. */
