@@ -8,7 +8,7 @@ import { compile, run } from "../gpu/program.ts";
 import { createTensor, destroyTensors, type Tensor } from "../gpu/tensor.ts";
 import { type Cache, createAttentionDecode, NO_SLOT } from "../ops/attention_decode.ts";
 import { createMatvec, rowBlock } from "../ops/matvec.ts";
-import { decode, forward } from "./layer.ts";
+import { dequantize, forward } from "./layer.ts";
 import { documentSpans } from "./llama.ts";
 import { type Ops, paddedVocab } from "./ops.ts";
 import type { ModelParts } from "./parts.ts";
@@ -109,7 +109,7 @@ export class Decoder {
       ...weights.layers.flatMap((layer, l) => {
         const a = plan.activations[l]!;
         const step = { ops: opsOf(l), rows, batch, weights: layer, lora: lora?.[l], a, x: x[l]!, y: x[l + 1]! };
-        return [...decode(layer), ...forward(step), ...after(l, a.qkv)];
+        return [...dequantize(layer), ...forward(step), ...after(l, a.qkv)];
       }),
     ];
   }

@@ -32,8 +32,8 @@ export interface LayerStep {
 }
 
 /** Decodes 4-bit weights into scratch; nothing for dense ones. */
-export function decode(weights: LayerWeights): Command[] {
-  return [weights.qkv, weights.o, weights.gateUp, weights.down].flatMap((linear) => linear.decode);
+export function dequantize(weights: LayerWeights): Command[] {
+  return [weights.qkv, weights.o, weights.gateUp, weights.down].flatMap((linear) => linear.dequantize);
 }
 
 /** `y = mid + down(silu(gate) · up)`, `mid = x + o(attention(x))`. Without `y` only what backward needs is computed. */

@@ -10,7 +10,7 @@ import { createDropout } from "../ops/dropout.ts";
 import { type ModelConfig, readConfig } from "./config.ts";
 import { createFullGradients, type FullGradients } from "./full.ts";
 import { createHead, type Head } from "./head.ts";
-import { backward, decode, forward } from "./layer.ts";
+import { backward, dequantize, forward } from "./layer.ts";
 import { type LayerLora, type LoraDropout, readSlots } from "./lora.ts";
 import type { Ops } from "./ops.ts";
 import type { ParameterGroup } from "./optimizer.ts";
@@ -112,7 +112,7 @@ export class Llama implements ModelParts {
     );
     const up = (site: (layer: number) => LoraDropout | undefined): Command[] =>
       weights.layers.flatMap((layer, l) => [
-        ...decode(layer),
+        ...dequantize(layer),
         ...forward({ ...step(l), y: plan.x[l + 1]!, dropout: site(l) }),
       ]);
     this.#forward = up(() => undefined);
@@ -123,7 +123,7 @@ export class Llama implements ModelParts {
     for (let l = config.num_hidden_layers - 1; plan.gradients && l >= 0; l--) {
       // The insides of the last layer are still there; those of the others are computed again under block checkpointing.
       const again = checkpointing === "block" && l < config.num_hidden_layers - 1;
-      down.push(...(l < config.num_hidden_layers - 1 ? decode(weights.layers[l]!) : []));
+      down.push(...(l < config.num_hidden_layers - 1 ? dequantize(weights.layers[l]!) : []));
       if (again) down.push(...forward({ ...step(l), y: undefined, dropout: site(l) }));
       down.push(
         ...backward({

@@ -32,7 +32,7 @@ export interface Linear {
   readonly parts: readonly { readonly module: LinearModule; readonly columns: number }[];
   readonly weight: Tensor;
   /** What must run before `weight` may be read: empty for dense weights and for those decoded once. */
-  readonly decode: readonly Dispatch[];
+  readonly dequantize: readonly Dispatch[];
 }
 
 /** Weights of one decoder layer. */
@@ -137,7 +137,7 @@ export function planWeights(
       });
       row += columns;
     }
-    return { n, k, parts, weight, decode: [] };
+    return { n, k, parts, weight, dequantize: [] };
   };
 
   const packed = (name: string, fused: FusedName, layer: number): Linear => {
@@ -163,9 +163,9 @@ export function planWeights(
     const shared = resident ? undefined : scratch.get(fused);
     const weight = shared ?? make(resident ? name : `scratch.${fused}`, [n, k], dtype);
     if (!resident) scratch.set(fused, weight);
-    const decode = [nf4.dequantize({ codes, absmax, out: weight, count: n * k, blocksize })];
-    if (resident) fills.push(() => run(gpu, decode));
-    return { n, k, parts, weight, decode: resident ? [] : decode };
+    const dequantize = [nf4.dequantize({ codes, absmax, out: weight, count: n * k, blocksize })];
+    if (resident) fills.push(() => run(gpu, dequantize));
+    return { n, k, parts, weight, dequantize: resident ? [] : dequantize };
   };
 
   const embed = sliced("model.embed_tokens.weight");
