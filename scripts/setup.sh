@@ -65,7 +65,9 @@ else
   say "installed $(printf '%s' "$version" | head -n 1)"
 fi
 
-# 2. A WebGPU adapter: a GPU's own driver, or Mesa's driver that computes on the CPU.
+# 2. A WebGPU adapter: a GPU's own driver, or Mesa's driver that computes on the CPU. On Linux it has to be Vulkan's: many
+# machines without a GPU have Mesa's OpenGL, with which WebGPU is content although it computes many times slower.
+[ "$(uname)" != Linux ] || export DENO_WEBGPU_BACKEND="${DENO_WEBGPU_BACKEND:-vulkan}"
 adapter() {
   deno eval --unstable-webgpu '
     const adapter = await navigator.gpu.requestAdapter({ powerPreference: "high-performance" });
@@ -80,13 +82,13 @@ if [ -z "$found" ]; then
   by_hand="sh -c '$install'"
   [ "$(id -u)" = 0 ] || by_hand="sudo $by_hand"
   as_root true ||
-    fail "no WebGPU adapter was found and this user may not install one: run \"$by_hand\""
-  say "no WebGPU adapter was found: installing Mesa's Vulkan CPU driver from Debian"
+    fail "no Vulkan driver was found and this user may not install one: run \"$by_hand\""
+  say "no Vulkan driver was found: installing Mesa's for CPUs from Debian"
   as_root sh -c "export DEBIAN_FRONTEND=noninteractive; $install" >/dev/null 2>&1 ||
     fail "Mesa could not be installed: run \"$by_hand\" to see why"
   found=$(adapter)
   [ -n "$found" ] ||
-    fail "Mesa is installed but there is still no WebGPU adapter: run \"vulkaninfo --summary\" of vulkan-tools to see why"
+    fail "Mesa is installed but there is still no Vulkan adapter: run \"vulkaninfo --summary\" of vulkan-tools to see why"
 fi
 say "WebGPU adapter: $found"
 

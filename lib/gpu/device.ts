@@ -36,7 +36,7 @@ let opened: Promise<Gpu> | undefined;
 
 /**
  * Opens the fastest adapter (a discrete GPU before an integrated one before a CPU driver), once per process.
- * Throws when there is none.
+ * Throws when there is none, or only a CPU driver that is reached through OpenGL.
  */
 export function openGpu(): Promise<Gpu> {
   return opened ??= open();
@@ -61,6 +61,12 @@ async function open(): Promise<Gpu> {
     subgroups = false;
     return request([]);
   });
+  if (cpu && !subgroups) {
+    device.destroy();
+    throw new Error(
+      `Cannot compute with "${name}" through OpenGL, which is many times slower than Vulkan: run "sh scripts/setup.sh"`,
+    );
+  }
   failOnErrors(device);
   const fixed = subgroups && info.subgroupMinSize > 0 && info.subgroupMinSize === info.subgroupMaxSize;
   return {

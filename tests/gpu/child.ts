@@ -3,7 +3,10 @@
 const path = (file: string) => JSON.stringify(new URL(`../../${file}`, import.meta.url).href);
 
 /** What a script says and how it ends: `code` runs with `gpu`, `Kernel` and `createTensor` at hand, then says "went on". */
-export async function inChild(code: string): Promise<{ code: number; stdout: string; stderr: string }> {
+export async function inChild(
+  code: string,
+  env: Readonly<Record<string, string>> = {},
+): Promise<{ code: number; stdout: string; stderr: string }> {
   const script = `
     import { installErrorHandler } from ${path("lib/run/flags.ts")};
     import { openGpu } from ${path("lib/gpu/device.ts")};
@@ -19,7 +22,7 @@ export async function inChild(code: string): Promise<{ code: number; stdout: str
     stdin: "piped",
     stdout: "piped",
     stderr: "piped",
-    env: { NO_COLOR: "1" },
+    env: { NO_COLOR: "1", ...env },
   }).spawn();
   const writer = child.stdin.getWriter();
   await writer.write(new TextEncoder().encode(script));

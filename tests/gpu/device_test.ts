@@ -34,6 +34,15 @@ gpuTest("a GPU error ends the process with status 1 and one line", async () => {
   assertEquals(await inChild(""), { code: 0, stdout: "went on\n", stderr: "" });
 }, { models: false });
 
+gpuTest("a CPU driver is refused where only OpenGL leads to it", async () => {
+  const found = await inChild("if (gpu.cpu) throw new Error(gpu.name);", { DENO_WEBGPU_BACKEND: "gl" });
+  // There may be no OpenGL, or one of a GPU's own, which is taken as it is.
+  const refused = /^Cannot (open a GPU: no WebGPU adapter was found|compute with "[^"]+" through OpenGL, [^\n:]+)/;
+  if (found.code === 0) return assertEquals(found, { code: 0, stdout: "went on\n", stderr: "" });
+  assertMatch(found.stderr, new RegExp(`${refused.source}: run "sh scripts/setup.sh"\n$`));
+  assertEquals([found.code, found.stdout], [1, ""]);
+}, { models: false });
+
 gpuTest("tensors take whole vec4 words and come back without their padding", async ({ gpu }) => {
   assertEquals([1, 4, 5].map((n) => tensorBytes([n], "f32")), [16, 16, 32]);
   assertEquals([tensorBytes([3, 3], "f16"), tensorBytes([17], "u8"), tensorBytes([9], "bf16")], [32, 32, 32]);

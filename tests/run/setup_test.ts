@@ -6,14 +6,15 @@ import { assert, assertEquals, assertMatch, assertStringIncludes } from "@std/as
 import { fileURLToPath } from "node:url";
 
 const ROOT = fileURLToPath(new URL("../..", import.meta.url));
-const TOOLS = ["sh", "dirname", "head", "cat", "cp", "mkdir", "chmod", "touch"];
+const TOOLS = ["sh", "dirname", "head", "cat", "cp", "mkdir", "chmod", "touch", "uname"];
 
 /** What the machine has; `prefix` is npm's global folder, relative to the machine's own. */
 interface Machine {
   readonly deno?: string;
   readonly npm?: "works" | "fails";
   readonly prefix?: string;
-  readonly adapter?: boolean;
+  /** A GPU or a CPU driver through Vulkan, or only through OpenGL. */
+  readonly adapter?: boolean | "opengl";
   readonly apt?: "works" | "fails" | "helps not";
   /** sudo asks for a password, or it does not. */
   readonly sudo?: "asks" | "works";
@@ -26,7 +27,10 @@ const DENO = (version: string, dir: string) =>
 [ -n "${version}" ] || exit 127
 case "$1" in
   --version) echo "deno ${version} (stable, release, test)" ;;
-  eval) [ ! -e "${dir}/adapter" ] || echo "a test adapter" ;;
+  eval)
+    if [ -e "${dir}/adapter" ]; then echo "a test adapter"
+    elif [ -e "${dir}/opengl" ] && [ "$DENO_WEBGPU_BACKEND" != vulkan ]; then echo "an OpenGL adapter"
+    fi ;;
   install) echo "deno install" >> "${dir}/calls"; [ ! -e "${dir}/offline" ] ;;
   task) echo "deno $* (REQUIRE_GPU=$REQUIRE_GPU)" >> "${dir}/calls" ;;
 esac
@@ -80,7 +84,7 @@ async function onMachine(
   if (machine.npm !== undefined) write("bin/npm", NPM(dir, machine));
   if (machine.apt !== undefined) write("bin/apt-get", APT(dir, machine));
   if (machine.sudo !== undefined) write("bin/sudo", SUDO(dir, machine));
-  if (machine.adapter) write("adapter", "");
+  if (machine.adapter) write(machine.adapter === "opengl" ? "opengl" : "adapter", "");
   const setup = async (line = "sh scripts/setup.sh") => {
     Deno.writeTextFileSync(`${dir}/calls`, "");
     const path = ["bin", "usr/bin", ...(machine.path ?? [])].map((folder) => `${dir}/${folder}`).join(":");
@@ -129,6 +133,14 @@ Deno.test("setup.sh installs Deno into npm's global folder and Mesa as root, and
     ]);
     assertEquals(isFile(`${dir}/usr/bin/deno`), true);
     assertEquals((await setup()).calls, ["deno install"]);
+  }));
+
+Deno.test("setup.sh installs Mesa's Vulkan where there is only OpenGL", () =>
+  onMachine({ deno: "2.9.6", adapter: "opengl", apt: "works", root: true }, async (setup) => {
+    const { code, out, err, calls } = await setup();
+    assertEquals([code, err], [0, ""]);
+    assertEquals(calls, ["apt-get update", "apt-get install -y mesa-vulkan-drivers libvulkan1", "deno install"]);
+    assertStringIncludes(out, "WebGPU adapter: a test adapter");
   }));
 
 Deno.test("setup.sh goes through sudo where it asks for no password", () =>
@@ -207,7 +219,7 @@ Deno.test("setup.sh ends with one line where it has no means to go on", async (t
     ["no adapter and no apt-get", { deno: "2.9.6", root: true }, /install a Vulkan driver/],
     ["apt-get fails", { deno: "2.9.6", apt: "fails", root: true }, new RegExp(`run "sh -c '${MESA}'" to see why`)],
     ["apt-get fails by sudo", { deno: "2.9.6", apt: "fails", sudo: "works" }, new RegExp(`run "sudo sh -c '${MESA}'"`)],
-    ["Mesa is no help", { deno: "2.9.6", apt: "helps not", root: true }, /still no WebGPU adapter: run "vulkaninfo/],
+    ["Mesa is no help", { deno: "2.9.6", apt: "helps not", root: true }, /still no Vulkan adapter: run "vulkaninfo/],
   ];
   for (const [name, machine, message] of cases) {
     await t.step(name, () =>
