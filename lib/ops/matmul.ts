@@ -28,7 +28,7 @@ export interface Matmul {
   nn(product: Product): Dispatch;
   /** `out[m, n] = scale · x[rows, m]ᵀ · w[rows, n]`: the inner axis is the rows. */
   tn(product: Product): Dispatch;
-  /** The products recorded up to here that have a choice of tiles: on GPUs those with more than 64 rows and columns. */
+  /** The products recorded up to here that have a choice of tiles: on GPUs all that are not narrow. */
   readonly choices: readonly ProductChoice[];
   /** The kernels that tiles are of. */
   readonly source: string;
@@ -58,9 +58,12 @@ export type Tile = "narrow" | { readonly BM: number; readonly BN: number; readon
 /** Tiles of 128 by 128 that fill a large GPU; fewer leave processors idle. */
 const ENOUGH = 128;
 
-/** The tile for a result of at most `[rows, columns]` on a GPU where none was measured. */
-export function chooseTile(rows: number, columns: number): Tile {
-  if (Math.min(rows, columns) <= 64) return "narrow";
+/**
+ * The tile for a result of at most `[rows, columns]` on a GPU where none was measured. Weights alone decide whether it is
+ * narrow, never how many tokens there can be: the narrow form adds in another order.
+ */
+export function chooseTile(entry: "nt" | "nn" | "tn", rows: number, columns: number): Tile {
+  if (columns <= 64 || (entry === "tn" && rows <= 64)) return "narrow";
   if (tiles(rows, 128) * tiles(columns, 128) < ENOUGH) return { BM: 64, BN: 64, BK: 32 };
   return { BM: 128, BN: 128, BK: 16 };
 }
@@ -123,7 +126,7 @@ export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
 
   const record = (entry: "nt" | "nn" | "tn", p: Product): Dispatch => {
     // Rows may change from run to run, but never beyond what the result's tensor holds.
-    const rows = entry === "tn" ? p.m! : p.out.tensor.shape[0]!, tile = choose(rows, p.n);
+    const rows = entry === "tn" ? p.m! : p.out.tensor.shape[0]!, tile = choose(entry, rows, p.n);
     const dispatch = recordTile(entry, p, tile), ranks = p.lora?.segments.map(({ r }) => r) ?? [];
     if (gpu.lanes === "subgroup" || tile === "narrow") return dispatch;
     choices.push({

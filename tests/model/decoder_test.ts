@@ -12,7 +12,7 @@ import { createLora } from "../../lib/model/lora.ts";
 import { createOps } from "../../lib/model/ops.ts";
 import { planWeights } from "../../lib/model/weights.ts";
 import { assertClose, goldenPath } from "../check.ts";
-import { gpuTest, NO_GPU as ignore } from "../on_gpu.ts";
+import { gpuTest } from "../on_gpu.ts";
 
 /** Documents of different lengths, one of a single token, more than a tile of rows in all. */
 function documents(count: number, vocab: number): number[][] {
@@ -59,9 +59,9 @@ for (const [config, adapter] of [["tiny", false], ["tiny", true], ["odd", true]]
   });
 }
 
-Deno.test("Decoder gives a sequence the same bits in any batch", { ignore }, async () => {
+gpuTest("Decoder gives a sequence the same bits in any batch", async ({ gpu }) => {
   const model = goldenPath("tiny/model_hf"), adapter = goldenPath("tiny/generate_adapter");
-  const llama = await Llama.open({ model, adapter, tokens: 32 });
+  const llama = await Llama.open({ gpu, model, adapter, tokens: 32 });
   const texts = documents(19, llama.config.vocab_size).map((ids) => ids.slice(0, 30));
   const rowsOf = async (batch: number): Promise<Float32Array[][]> => {
     const decoder = new Decoder(llama, { batch, context: 64 }), found: Float32Array[][] = [];

@@ -171,7 +171,11 @@ gpuTest(
 Deno.test("chooseTile() keeps to tiles that matmul_tiled.wgsl can load and that WebGPU's 16 KB hold", () => {
   for (const rows of [1, 16, 64, 65, 257, 1024, 4096, 32_768]) {
     for (const columns of [8, 16, 48, 64, 132, 1008, 1024, 2048, 5504, 50_304]) {
-      const tile = chooseTile(rows, columns);
+      assertEquals(chooseTile("tn", rows, columns) === "narrow", Math.min(rows, columns) <= 64);
+      const tile = chooseTile("nt", rows, columns);
+      assertEquals(chooseTile("nn", rows, columns), tile);
+      // The number of tokens never decides, so that their bits do not depend on it.
+      assertEquals(tile === "narrow", columns <= 64);
       if (tile === "narrow") continue;
       const { BM, BN, BK } = tile;
       assertEquals([BM * BK % 2048, BN * BK % 2048], [0, 0], `[${rows}, ${columns}] gives ${JSON.stringify(tile)}`);
