@@ -18,6 +18,7 @@ import { fetchRepo } from "../lib/hub/download.ts";
 import { checkConfig, configJson, generationConfigJson, type ModelConfig } from "../lib/model/config.ts";
 import { logitsRange } from "../lib/model/llama.ts";
 import { checkpointInputs, convertTensor, type Mapping, openCheckpoint, planConversion } from "../lib/model/medslm.ts";
+import { checkSetting } from "../lib/model/medslm_settings.ts";
 import { byRecipe, choice, flags, unset } from "../lib/run/flags.ts";
 import { beginStage } from "../lib/run/manifest.ts";
 import { bytes, count, fileBars, progress, table } from "../lib/run/print.ts";
@@ -179,6 +180,7 @@ function verify(dir: string): number {
 function setting(text: string): [string, unknown] {
   const [, key, value] = /^(\w+)=(.+)$/.exec(text) ?? [];
   if (key === undefined) throw new SyntaxError(`Cannot read flag "--set": "${text}" is not of the form name=value`);
+  checkSetting(key);
   const word = value!.trim();
   return [
     key,

@@ -14,7 +14,7 @@ import { NF4_NORMAL_ERROR } from "../lib/data/nf4.ts";
 import { openModel } from "../lib/data/safetensors.ts";
 import { tokenizerFiles } from "../lib/data/tokenizer.ts";
 import { openGpu } from "../lib/gpu/device.ts";
-import { generationConfigJson, readConfig } from "../lib/model/config.ts";
+import { generationConfigJson, parameterShapes, readConfig } from "../lib/model/config.ts";
 import {
   countElements,
   dequantizeWeight,
@@ -38,6 +38,11 @@ const stage = await beginStage("02_load", opt, { reads: [opt.model] });
 const config = readConfig(opt.model);
 using source = openModel(opt.model);
 if (isQuantized(source)) throw new Error(`Cannot load "${opt.model}": it is in 4 bit already: name the 16-bit model`);
+const places = new Set(["lm_head.weight", ...parameterShapes(config).map(({ name }) => name)]); // tied or not
+const left = [...source.tensors.keys()].find((name) => !places.has(name) && !name.endsWith(".inv_freq"));
+if (left !== undefined) {
+  throw new Error(`Cannot load "${opt.model}": config.json has no place for its tensor "${left}": make them agree`);
+}
 const before = countElements(source, config);
 stage.clear();
 

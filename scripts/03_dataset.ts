@@ -21,7 +21,7 @@ import {
 } from "../lib/data/dataset.ts";
 import { exists } from "../lib/data/files.ts";
 import { packings, packRows, type Slice } from "../lib/data/packing.ts";
-import { readSplits, type SftRecord, type Split, splits } from "../lib/data/records.ts";
+import { placeOf, readSplits, type SftRecord, type Split, splits } from "../lib/data/records.ts";
 import { BLOG_SYSTEM, BLOG_TEMPLATE, chatTemplate } from "../lib/data/template.ts";
 import { loadTokenizer, tokenizerFiles } from "../lib/data/tokenizer.ts";
 import { fetchRepo } from "../lib/hub/download.ts";
@@ -150,7 +150,7 @@ function encodeAll(split: Split): Example[] {
       return encodeRecord(record, { tokenizer, template, loss: opt.loss, escape: !opt.parseSpecial });
     } catch (error) {
       const { message } = error as Error;
-      throw new Error(`Cannot tokenise record ${i} of ${split}: ${message.replace(/^C/, "c")}`, { cause: error });
+      throw new Error(`Cannot tokenise ${placeOf(record)}: ${message.replace(/^C/, "c")}`, { cause: error });
     }
   };
   const examples = records[split].map(encode);
@@ -173,11 +173,14 @@ function metadata(split: Split): Record<string, string> {
 function withoutRows(split: Split, slices: readonly Slice[][], unlearnt: ReadonlySet<number>): Slice[][] {
   const rest = slices.filter((_, r) => !unlearnt.has(r));
   if (opt.dropUnlearnt && (split !== "train" || rest.length > 0)) return rest;
-  const first = slices.findIndex((_, r) => unlearnt.has(r));
-  const documents = slices[first]!.map(({ document }) => document).join(", ");
+  const first = slices[slices.findIndex((_, r) => unlearnt.has(r))]!, others = unlearnt.size - 1;
+  const where = placeOf(records[split][first[0]!.document]!);
   throw new Error(
-    `Cannot learn from row ${first} of ${split} (record ${documents}) and ${unlearnt.size - 1} more: all labels are ` +
-      "masked, as when a prompt alone fills the row: raise --max-seq-length, mend the record or pass --drop-unlearnt",
+    `Cannot learn from the row of ${split} that begins with ${where}${
+      others > 0 ? `, nor from ${others} more` : ""
+    }: ` +
+      "all labels are masked, as when a prompt alone fills the row: raise --max-seq-length, mend the record or pass " +
+      "--drop-unlearnt",
   );
 }
 

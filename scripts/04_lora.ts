@@ -19,6 +19,7 @@ import {
   saveAdapter,
   scaling,
 } from "../lib/model/adapter.ts";
+import { rounded, STORED } from "../lib/data/dtype.ts";
 import { linearModules, readConfig } from "../lib/model/config.ts";
 import { adapterIsNoop } from "../lib/model/llama.ts";
 import { countElements } from "../lib/model/quantized.ts";
@@ -42,6 +43,9 @@ const stage = await beginStage("04_lora", opt, { reads: [opt.model] });
 
 // 1. What the adapter is for: PEFT must find the 16-bit base, not the 4-bit copy of it.
 const load = readJsonObject(`${opt.model}/load.json`);
+if (typeof load.mode !== "string" || typeof load.base !== "string") {
+  throw new Error(`Cannot read "${opt.model}/load.json": mode and base are missing: run "deno task 02 --force" first`);
+}
 if (load.mode === "full") {
   throw new Error(
     `Cannot make an adapter for "${opt.model}": it was loaded with --mode full, which trains all weights: ` +
@@ -55,11 +59,14 @@ const lora: LoraConfig = {
   lora_dropout: opt.dropout,
   target_modules: opt.targetModules,
   use_rslora: opt.rslora,
-  base_model_name_or_path: opt.baseModel === unset ? String(load.base) : opt.baseModel,
+  base_model_name_or_path: opt.baseModel === unset ? load.base as string : opt.baseModel,
 };
 
-// 2. A is random, B is zero.
-const tensors = initAdapter(config, lora, opt.seed);
+// 2. A is random, B is zero. PEFT draws in float32, then moves the layer to its base's dtype, which a 4-bit one has not.
+const drawn = initAdapter(config, lora, opt.seed), base16 = load.mode === "lora" && config.dtype !== "float32";
+const tensors = base16
+  ? new Map([...drawn].map(([name, values]) => [name, rounded(values, STORED[config.dtype])]))
+  : drawn;
 stage.clear();
 await saveAdapter(opt.out, lora, tensors, opt.dtype);
 

@@ -266,6 +266,9 @@ async function readLosses(): Promise<void> {
 
 async function evaluate(): Promise<void> {
   const { evalLoss, nllSum, tokens } = await trainer.evaluate(evaluation.batches, evaluation.rows);
+  if (!Number.isFinite(evalLoss) && step === 0) {
+    throw new Error(`Cannot train "${opt.model}": its validation loss before the first update is ${evalLoss}`);
+  }
   if (!Number.isFinite(evalLoss)) {
     throw new Error(`Cannot go on: the validation loss after update ${step} is ${evalLoss}: lower --learning-rate`);
   }

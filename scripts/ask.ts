@@ -32,7 +32,7 @@ const opt = flags(import.meta, {
   repetitionPenalty: 1.1, // of tokens that have been there, in the prompt too; 1 for none
   maxNewTokens: 300, // length of the answer at most
   seed: byRecipe({ tiny: 42, blog: 3407 }), // of the draws
-}, { positional: true });
+}, { positional: true, stage: false });
 checkSampling(opt);
 const question = opt._.join(" ");
 if (question.trim() === "") {

@@ -4,6 +4,7 @@
  */
 import { TextLineStream } from "@std/streams";
 import { asyncBufferFromFile, parquetMetadataAsync, parquetReadObjects, parquetSchema } from "hyparquet";
+import { compressors } from "hyparquet-compressors";
 import { createHash } from "node:crypto";
 import type { Message } from "./template.ts";
 
@@ -26,6 +27,13 @@ export const splits = ["train", "validation", "test"] as const;
 export type Split = (typeof splits)[number];
 
 type Row = Readonly<Record<string, unknown>>;
+
+const places = new WeakMap<SftRecord, string>();
+
+/** The file and the line or row that a record was read from. */
+export function placeOf(record: SftRecord): string {
+  return places.get(record)!;
+}
 
 /** The five shapes, first match first, with what they become. The names of the columns are those that TRL reads. */
 const SHAPES: readonly { columns: readonly string[]; optional?: string; read: (row: Row) => SftRecord }[] = [
@@ -59,7 +67,9 @@ export async function readRecords(
           const wanted = shape.columns.map(quoted).join(", ");
           throw new TypeError(`it has ${columnsOf(row)} where ${first} has ${wanted}: all records need one shape`);
         }
-        records.push(shape.read(row));
+        const record = shape.read(row);
+        places.set(record, `"${path}", ${place}`);
+        records.push(record);
       } catch (error) {
         if (!(error instanceof TypeError)) throw error;
         throw new TypeError(`Cannot read "${path}", ${place}: ${error.message}`);
@@ -207,8 +217,23 @@ async function* jsonRows(path: string): AsyncGenerator<{ row: Row; place: string
     }
   } catch (error) {
     if (!(error instanceof TypeError)) throw error;
-    throw new SyntaxError(`Cannot read "${path}", after line ${number}: it is not UTF-8 text`);
+    throw new SyntaxError(`Cannot read "${path}", line ${lineOfBadText(path)}: it is not UTF-8 text`);
   }
+}
+
+/** The first line of the file that is not UTF-8: a decoder of pieces does not tell. */
+function lineOfBadText(path: string): number {
+  const bytes = Deno.readFileSync(path), utf8 = new TextDecoder("utf-8", { fatal: true });
+  for (let line = 1, from = 0; from < bytes.length; line++) {
+    const end = bytes.indexOf(10, from), to = end < 0 ? bytes.length : end;
+    try {
+      utf8.decode(bytes.subarray(from, to));
+    } catch {
+      return line;
+    }
+    from = to + 1;
+  }
+  return 1;
 }
 
 function* arrayRows(path: string): Generator<{ row: Row; place: string }> {
@@ -231,7 +256,11 @@ async function* parquetRows(path: string, limit: number): AsyncGenerator<{ row: 
     const columns = names.filter((name) => shape?.columns.includes(name) || shape?.optional === name);
     const unread = Object.fromEntries(names.map((name) => [name, undefined])); // named, but not decoded
     if (shape === undefined) rows = [unread];
-    else rows = (await parquetReadObjects({ file, metadata, columns, rowEnd })).map((row) => ({ ...unread, ...row }));
+    else {rows = (await parquetReadObjects({ file, metadata, columns, rowEnd, compressors })).map((row) => ({
+        ...unread,
+        ...row,
+      })
+      );}
   } catch (error) {
     throw new SyntaxError(`Cannot read "${path}": ${(error as Error).message}`);
   }

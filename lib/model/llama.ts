@@ -299,15 +299,16 @@ export async function logitsRange(dir: string, inputIds: readonly number[]): Pro
   let min = Infinity, max = -Infinity;
   for (const row of await logitsOf({ model: dir }, inputIds)) {
     for (const value of row) {
-      if (Number.isNaN(value)) throw new Error(`Cannot accept "${dir}": its logits are not numbers`);
+      if (!Number.isFinite(value)) throw new Error(`Cannot accept "${dir}": its logits are not numbers`);
       min = Math.min(min, value);
       max = Math.max(max, value);
     }
   }
+  if (min === max) throw new Error(`Cannot accept "${dir}": all of its logits are ${min}: the weights are of no use`);
   return { min, max };
 }
 
-/** Whether the adapter leaves every logit of the model as it is, bit for bit. */
+/** Whether the adapter leaves every logit of the model as it is, bit for bit. Throws where the model has none to leave. */
 export async function adapterIsNoop(model: string, adapter: string): Promise<boolean> {
   const { vocab_size, max_position_embeddings } = readConfig(model);
   const inputIds = Array.from(
@@ -315,6 +316,9 @@ export async function adapterIsNoop(model: string, adapter: string): Promise<boo
     (_, i) => (i * 7919 + 11) % vocab_size,
   );
   const [base, adapted] = [await logitsOf({ model }, inputIds), await logitsOf({ model, adapter }, inputIds)];
+  if (!base.every((row) => row.every(Number.isFinite))) {
+    throw new Error(`Cannot accept "${model}": its logits are not numbers: look for the weight that is none`);
+  }
   return base.every((row, r) => row.every((value, v) => Object.is(value, adapted[r]![v])));
 }
 

@@ -123,6 +123,10 @@ export function planConversion(
     } else rest.push(info);
   }
 
+  const notPart = ({ name, dtype, shape }: TensorInfo): never =>
+    fail(source, `the tensor "${name}" ${dtype} [${shape.join(", ")}] is not part of a Llama model`);
+  // A checkpoint of another kind, or one whose names have a prefix, is told by a name rather than by what it lacks.
+  if (rest[0] && found.size === 0) notPart(rest[0]);
   const { tied: said, ...sizes } = readSettings([settings, given], {
     path: source.path,
     shapeOf: (name) => found.get(name)?.info.shape,
@@ -146,13 +150,7 @@ export function planConversion(
     claim(HEAD, heads[0]!, "its shape, the vocabulary's");
     rest.splice(rest.indexOf(heads[0]!), 1);
   }
-  const unknown = rest[0];
-  if (unknown) {
-    fail(
-      source,
-      `the tensor "${unknown.name}" ${unknown.dtype} [${unknown.shape.join(", ")}] is not part of a Llama model`,
-    );
-  }
+  if (rest[0]) notPart(rest[0]);
 
   const head = found.get(HEAD);
   if (!head && said === false) {

@@ -29,6 +29,23 @@ const SYNONYMS = {
   pad_token_id: ["pad_token_id"],
 } as const;
 type Setting = keyof typeof SYNONYMS;
+/** Every word that is read, those that {@link flatten} takes apart included. */
+const WORDS: readonly string[] = [
+  ...Object.values(SYNONYMS).flat(),
+  "rope_parameters",
+  "rope_scaling",
+  "hidden_act",
+];
+
+/** Throws where no setting has this name. */
+export function checkSetting(name: string): void {
+  if (WORDS.includes(name)) return;
+  throw new SyntaxError(
+    `Cannot read flag "--set": there is no setting "${name}": those of a Llama model are ${
+      Object.keys(SYNONYMS).join(", ")
+    }`,
+  );
+}
 
 /** What the shapes say: `layers` blocks, and the shape of a tensor under its Hugging Face name. */
 export interface Shapes {

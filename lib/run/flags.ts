@@ -1,8 +1,10 @@
 /**
- * The one configuration idea: an object of defaults, each of them a flag of the same name and type. It reads no files
- * of settings and no environment but RECIPE and DEBUG, and it refuses a flag or a value that it does not understand.
+ * The one configuration idea: an object of defaults, each of them a flag of the same name and type. It reads no file but,
+ * with --as-made, the manifest of the last run, no environment but RECIPE and DEBUG, and it refuses a flag or a value that
+ * it does not understand.
  */
 import { parseArgs } from "@std/cli";
+import { readManifest } from "./manifest.ts";
 
 /** The two sets of defaults: `tiny` is the bundled fixture, `blog` the blog post's configuration. */
 export type Recipe = "tiny" | "blog";
@@ -31,12 +33,14 @@ type Value<T> = T extends ByRecipe<infer V> ? Value<V>
 /** What {@link flags} returns: every default's key with a value of its type, and the flags that every script has. */
 export type Flags<T> =
   & { -readonly [K in keyof T]: Value<T[K]> }
-  & { recipe: Recipe; out: string; force: boolean; verbose: boolean; help: boolean; _: string[] };
+  & { recipe: Recipe; out: string; asMade: boolean; force: boolean; verbose: boolean; help: boolean; _: string[] };
 
 /** How {@link flags} reads words that are not flags and flags that have another name now. */
 export interface FlagOptions {
   /** Words without a flag land in `_` instead of being an error. */
   readonly positional?: boolean;
+  /** False for what is no stage: it has no folder to write, and none of the flags about that. */
+  readonly stage?: boolean;
   /** Old camelCase name to new: the old flag still works and prints a note. */
   readonly renamed?: Readonly<Record<string, string>>;
 }
@@ -50,6 +54,7 @@ const RECIPES: readonly Recipe[] = ["tiny", "blog"];
 const COMMON: Readonly<Record<string, string>> = {
   recipe: "tiny | blog: which defaults (also RECIPE=)",
   out: "where to write",
+  asMade: "flags that are not given are as in the run that made what is there",
   force: "run although everything is up to date",
   verbose: "print more",
   help: "print this",
@@ -89,7 +94,12 @@ export function flags<const T extends Readonly<Record<string, unknown>>>(
 ): Flags<T> {
   installErrorHandler();
   const path = meta.filename ?? "";
-  const opt = parseFlags(Deno.args, defaults, { ...options, script: scriptName(path), recipe: Deno.env.get("RECIPE") });
+  const script = scriptName(path),
+    made = (out: string, recipe: Recipe) => {
+      const before = readManifest(out);
+      return before?.script === script && before.flags.recipe === recipe ? before.flags : undefined;
+    };
+  const opt = parseFlags(Deno.args, defaults, { ...options, script, made, recipe: Deno.env.get("RECIPE") });
   if (opt.help) {
     console.log(helpText(Deno.readTextFileSync(path), defaults, opt));
     Deno.exit(0);
@@ -97,28 +107,37 @@ export function flags<const T extends Readonly<Record<string, unknown>>>(
   return opt;
 }
 
-/** {@link flags} without its side effects: `script` names the default `out`, `recipe` is the environment's. */
+/**
+ * {@link flags} without its side effects: `script` names the default `out`, `recipe` is the environment's, `made` the flags
+ * that the result in a folder was made with.
+ */
 export function parseFlags<const T extends Readonly<Record<string, unknown>>>(
   args: readonly string[],
   defaults: T,
-  options: FlagOptions & { readonly script: string; readonly recipe?: string | undefined },
+  options: FlagOptions & {
+    readonly script: string;
+    readonly recipe?: string | undefined;
+    readonly made?: (out: string, recipe: Recipe) => Readonly<Record<string, unknown>> | undefined;
+  },
 ): Flags<T> {
   const all: Readonly<Record<string, unknown>> = {
     ...defaults,
     recipe: "",
-    out: defaults.out ?? `artifacts/${options.script}`,
-    force: false,
+    ...(options.stage === false
+      ? {}
+      : { out: defaults.out ?? `artifacts/${options.script}`, asMade: false, force: false }),
     verbose: false,
     help: false,
   };
   const keys = new Map(Object.keys(all).map((key) => [kebab(key), key]));
   for (const [old, key] of Object.entries(options.renamed ?? {})) keys.set(kebab(old), key);
   const isBoolean = (name: string) => typeof resolve(all[keys.get(name)!], "tiny") === "boolean";
+  const isList = (name: string) => Array.isArray(resolve(all[keys.get(name)!], "tiny"));
   const names = [...keys.keys()];
 
   const given = parseArgs(joinValues(args, keys, isBoolean), {
     string: [...names.filter((name) => !isBoolean(name)), "_"],
-    collect: names.filter(isBoolean), // so that "not given" is [] and not false
+    collect: names.filter((name) => isBoolean(name) || isList(name)), // so that "not given" is [] and not false
     boolean: names.filter(isBoolean),
     negatable: names.filter(isBoolean),
     alias: { h: "help" },
@@ -135,7 +154,8 @@ export function parseFlags<const T extends Readonly<Record<string, unknown>>>(
 
   const texts = new Map<string, string | boolean>();
   for (const [name, key] of keys) {
-    const value = [given[name]].flat().at(-1);
+    const values = [given[name] ?? []].flat(),
+      value = isList(name) && values.length > 0 ? values.join() : values.at(-1);
     if (value === undefined) continue;
     texts.set(key, value as string | boolean);
     if (name !== kebab(key)) console.error(`Note: --${name} is now --${kebab(key)}`);
@@ -147,6 +167,13 @@ export function parseFlags<const T extends Readonly<Record<string, unknown>>>(
   const result: Record<string, unknown> = {};
   for (const [key, standard] of Object.entries(all)) {
     result[key] = key === "recipe" ? recipe : convert(kebab(key), texts.get(key), standard, recipe);
+  }
+  if (result.out === "") throw ill("out", "", "a folder's name");
+  const made = result.asMade ? options.made?.(result.out as string, recipe) ?? {} : {};
+  for (const key of Object.keys(defaults)) {
+    const words = choiceWords(defaults[key], recipe), value = made[key];
+    if (texts.has(key) || typeof value !== typeof result[key] || words?.includes(value as string) === false) continue;
+    result[key] = value;
   }
   return { ...result, _: given._.map(String) } as Flags<T>;
 }
@@ -180,7 +207,8 @@ export function helpText(source: string, defaults: Readonly<Record<string, unkno
   const header = /\/\*\*([\s\S]*?)\*\//.exec(source)?.[1] ?? "";
   const lines = header.split("\n").map((line) => line.replace(/^\s*\* ?/, "").trimEnd());
   const values = opt as unknown as Readonly<Record<string, unknown>>;
-  const rows = [...new Set([...Object.keys(defaults), ...Object.keys(COMMON)])].map((key) => {
+  const common = Object.keys(COMMON).filter((key) => key in values);
+  const rows = [...new Set([...Object.keys(defaults), ...common])].map((key) => {
     const beside = new RegExp(`^\\s+${key}:.*,\\s*//\\s*(.+)$`, "m").exec(source)?.[1];
     const standard = defaults[key] ?? (typeof values[key] === "boolean" ? false : values[key]);
     const words = isChoice(standard) ? standard.words.join(" | ") : "";
@@ -207,7 +235,7 @@ export function installErrorHandler(): void {
   const report = (event: Event, error: unknown) => {
     event.preventDefault();
     const message = error instanceof Error ? error.message : "";
-    const refused = /^(?!Cannot ).*\(os error \d+\)/.test(message);
+    const refused = /^(?!Cannot ).*\(os error \d+\)/.test(message) || error instanceof Deno.errors.NotCapable;
     const line = refused ? `Cannot go on: ${message.charAt(0).toLowerCase()}${message.slice(1)}` : message;
     // V8 too says "Cannot read properties of undefined", but without the colon that tells what is wanted
     console.error(/^Cannot [^]*: /.test(line) && Deno.env.get("DEBUG") !== "1" ? line : error);

@@ -1,8 +1,10 @@
 /**
  * What a stage read, wrote and measured: one `manifest.json` per folder, written last, so that a folder without one is
- * unfinished. It never renders, aggregates or compares numbers, and it never touches a folder that no stage made.
+ * unfinished. What an earlier run left is set aside until then, and put back where the new run fails. It never renders,
+ * aggregates or compares numbers, and it never touches a folder that no stage made.
  */
 import { createHash } from "node:crypto";
+import { sep as SEPARATOR } from "node:path";
 import { exists } from "../data/files.ts";
 
 /** One file: `path`, size in bytes, SHA-256 in hex, time of the last change in ms since 1970. */
@@ -30,8 +32,8 @@ export interface Stage {
   /** Every file that the stage reads, as it was when the stage began. */
   readonly reads: readonly FileRecord[];
   /**
-   * Removes what an earlier run left; `keep` goes on with it and removes its manifest alone. To be called once nothing
-   * can be refused any more, before the first file is written.
+   * Sets aside what an earlier run left; `keep` goes on with it and removes its manifest alone. To be called before the
+   * first file is written. An error from here on puts it back, unless there is a checkpoint of this run to go on from.
    */
   clear(options?: { readonly keep?: boolean }): void;
   /** Hashes what lies under `out`, writes the manifest, and prints it as the last line of stdout. */
@@ -42,9 +44,11 @@ type StageFlags = { readonly out: string; readonly force: boolean; readonly reci
 
 const MANIFEST = "manifest.json";
 const LOCK = ".lock";
+/** Where the earlier result waits until the new one is whole. */
+const BEFORE = ".before";
 const CHECKPOINTS = "checkpoints";
 /** Flags that change how a stage runs but not what it writes. */
-const NOT_RECORDED = ["force", "verbose", "help"];
+const NOT_RECORDED = ["asMade", "force", "verbose", "help"];
 /** Large enough that a read call costs nothing beside the hashing, small enough to stay in the cache. */
 const READ_BYTES = 1 << 20;
 
@@ -76,7 +80,15 @@ export async function beginStage(
     console.log(`${name} is up to date (${out})`);
     Deno.exit(0);
   }
-  const unlock = takeFolder(out, { name, owned: before !== undefined });
+  const lock = takeFolder(out, { name, owned: before !== undefined });
+  const leave = () => leaveFolder(out, lock);
+  globalThis.addEventListener("unload", leave);
+  for (const path of inputs) {
+    if (!within(path, out)) continue;
+    throw new Error(
+      `Cannot read "${path}" and write "${out}": what is there makes way for the result: name another folder with --out`,
+    );
+  }
   if (other !== undefined) {
     const state = `"${other}" was made with --recipe ${recipeOf(other)}, ${name} runs with --recipe ${opt.recipe}`;
     console.error(`Note: ${state}: RECIPE=blog deno task train gives every stage the same`);
@@ -84,7 +96,11 @@ export async function beginStage(
   return {
     out,
     reads,
-    clear: ({ keep = false } = {}) => emptyFolder(out, keep),
+    clear: ({ keep = false } = {}) => {
+      if (!keep) return setAside(out);
+      if (exists(`${out}/${MANIFEST}`)) Deno.removeSync(`${out}/${MANIFEST}`);
+      for (const path of filesUnder(out)) if (path.endsWith(".tmp")) Deno.removeSync(path);
+    },
     async done({ numbers, device }) {
       checkFinite("numbers", numbers);
       const writes = await records(
@@ -94,23 +110,30 @@ export async function beginStage(
       const seconds = Number(((performance.now() - began) / 1000).toFixed(3));
       const manifest: Manifest = { script: name, flags, seconds, device: device ?? null, reads, writes, numbers };
       await writeJson(`${out}/${MANIFEST}`, manifest);
-      unlock();
+      if (exists(`${out}/${BEFORE}`)) await Deno.remove(`${out}/${BEFORE}`, { recursive: true });
+      globalThis.removeEventListener("unload", leave);
+      leave();
       console.log(JSON.stringify(manifest));
     },
   };
 }
 
-/** Reads `<dir>/manifest.json`, or nothing when the folder is unfinished or missing. */
+/** Reads `<dir>/manifest.json`, or nothing when the folder is unfinished or missing, or no stage made it. */
 export function readManifest(dir: string): Manifest | undefined {
   const path = `${dir}/${MANIFEST}`;
   if (!exists(path)) return undefined;
+  let manifest: Manifest;
   try {
-    return JSON.parse(Deno.readTextFileSync(path)) as Manifest;
+    manifest = JSON.parse(Deno.readTextFileSync(path));
   } catch (error) {
     throw new SyntaxError(
-      `Cannot read "${path}": ${(error as Error).message}: remove the file and run the stage again`,
+      `Cannot read "${path}": ${(error as Error).message}: name another folder, or remove this one`,
     );
   }
+  // Other programs have manifests too.
+  const ours = typeof manifest?.script === "string" && [manifest.reads, manifest.writes].every(Array.isArray) &&
+    [manifest.flags, manifest.numbers].every((value) => typeof value === "object" && value !== null);
+  return ours ? manifest : undefined;
 }
 
 /** Writes `path` so that a reader sees all of it or none: a temporary file beside it, fsync, rename. */
@@ -142,22 +165,46 @@ export function sha256File(path: string): string {
   return hash.digest("hex");
 }
 
-/** Throws when `path` is missing, or lies in the folder of a stage that has no manifest, other than `out`. */
+const STAGES = "01_convert|02_load|03_dataset|04_lora|05_train|06_evaluate|07_merge|08_upload";
+
+/**
+ * Throws when `path` is missing, or lies in the folder of a stage that is at work or was ended, other than `out`: one
+ * without a manifest, with a stage's lock or by its name.
+ */
 export function checkInput(path: string, { out }: { readonly out?: string } = {}): void {
-  const [, folder, number] = /^((?:.*\/)?(0[1-8])_[a-z0-9_]+)(?:\/|$)/.exec(path) ?? [];
-  const remedy = number === undefined ? "no such file or folder" : `run "deno task ${number}" first`;
-  if (!exists(path)) throw new Error(`Cannot read "${path}": ${remedy}`);
-  const inProgress = folder === out || path.includes("/checkpoints/");
-  if (folder !== undefined && !inProgress && !exists(`${folder}/${MANIFEST}`)) {
-    throw new Error(`Cannot read "${path}": "${folder}" has no ${MANIFEST}, so it is unfinished: ${remedy}`);
-  }
+  const [, named, stage] = new RegExp(`^((?:.*/)?(${STAGES}))(?:/|$)`).exec(path) ?? [];
+  const run = (stage: string) => `run "deno task ${stage.slice(0, 2)}" first`;
+  if (!exists(path)) throw new Error(`Cannot read "${path}": ${stage ? run(stage) : "no such file or folder"}`);
+  if (path.includes(`/${CHECKPOINTS}/`)) return;
+  const locked = parents(path).find((dir) => lockedBy(dir) !== undefined), folder = locked ?? named;
+  if (folder === undefined || folder === out || exists(`${folder}/${MANIFEST}`)) return;
+  throw new Error(
+    `Cannot read "${path}": "${folder}" has no ${MANIFEST}, so it is unfinished: ${run(lockedBy(folder) ?? stage!)}`,
+  );
+}
+
+/** `path` and the folders that it lies in, as far as it names them. */
+function parents(path: string): string[] {
+  const all: string[] = [];
+  for (let dir = path; dir !== ""; dir = dir.slice(0, Math.max(0, dir.lastIndexOf("/")))) all.push(dir);
+  return all;
+}
+
+/** The stage whose lock lies in `dir`. */
+function lockedBy(dir: string): string | undefined {
+  const lock = `${dir}/${LOCK}`;
+  return exists(lock) ? /^(\d\d_\w+) pid /.exec(Deno.readTextFileSync(lock))?.[1] : undefined;
+}
+
+/** Whether `path` is the folder `dir` or lies in it; both are there. */
+function within(path: string, dir: string): boolean {
+  const [inner, outer] = [path, dir].map((name) => Deno.realPathSync(name) + SEPARATOR);
+  return inner!.startsWith(outer!);
 }
 
 /** The folder of the stage that wrote `path`, if one did. */
 function stageFolder(path: string): string | undefined {
-  for (let dir = path; dir !== ""; dir = dir.slice(0, Math.max(0, dir.lastIndexOf("/")))) {
-    if (exists(`${dir}/${MANIFEST}`)) return dir;
-  }
+  return parents(path).find((dir) => readManifest(dir) !== undefined);
 }
 
 /** A stage that wrote `path` has hashed it: its records serve as long as size and time of change agree. */
@@ -170,7 +217,7 @@ function addUpstream(path: string, known: Map<string, FileRecord>): void {
 /** The recipe that `path` was made with, if a stage made it. */
 function recipeOf(path: string): unknown {
   const dir = stageFolder(path);
-  return dir === undefined ? undefined : readManifest(dir)?.flags?.recipe;
+  return dir === undefined ? undefined : readManifest(dir)?.flags.recipe;
 }
 
 async function records(
@@ -212,8 +259,8 @@ function fingerprint(flags: Readonly<Record<string, unknown>>): string {
   return JSON.stringify(Object.entries(flags).filter(([key]) => key !== "out").sort());
 }
 
-/** Locks `out` for this process; returns what releases it. */
-function takeFolder(out: string, stage: { name: string; owned: boolean }): () => void {
+/** Locks `out` for this process, until the lock is closed. */
+function takeFolder(out: string, stage: { name: string; owned: boolean }): Deno.FsFile {
   Deno.mkdirSync(out, { recursive: true });
   const lock = `${out}/${LOCK}`;
   const others = contentOf(out);
@@ -233,32 +280,50 @@ function takeFolder(out: string, stage: { name: string; owned: boolean }): () =>
   }
   // Written over, then cut: a process that dies in between still leaves the name that tells whose folder this is.
   file.truncateSync(file.writeSync(new TextEncoder().encode(`${stage.name} pid ${Deno.pid}\n`)));
-  return () => {
-    Deno.removeSync(lock);
-    file.close();
-  };
+  return file;
 }
 
-/** Removes what is in `out`; with `keep` only its manifest and what a killed process was writing. */
-function emptyFolder(out: string, keep: boolean): void {
+/**
+ * Moves what is in `out` aside. Where something is there already, a run was killed since: that is the last whole result,
+ * and what lies beside it is half of one.
+ */
+function setAside(out: string): void {
+  const half = exists(`${out}/${BEFORE}`), there = contentOf(out);
+  if (there.length === 0) return;
+  if (!half) Deno.mkdirSync(`${out}/${BEFORE}`);
   // Without a manifest checkpoints are those of an interrupted run: they go before it, and it before all else.
-  const first = [CHECKPOINTS, MANIFEST], there = contentOf(out);
+  const first = [CHECKPOINTS, MANIFEST];
   const order = [...first.filter((name) => there.includes(name)), ...there.filter((name) => !first.includes(name))];
   for (const name of order) {
-    if (!keep || name === MANIFEST) Deno.removeSync(`${out}/${name}`, { recursive: true });
+    if (half) Deno.removeSync(`${out}/${name}`, { recursive: true });
+    else Deno.renameSync(`${out}/${name}`, `${out}/${BEFORE}/${name}`);
   }
-  if (keep) { for (const path of filesUnder(out)) if (path.endsWith(".tmp")) Deno.removeSync(path); }
+}
+
+/** The earlier result comes back where there is no new one and no checkpoint, and the lock goes. */
+function leaveFolder(out: string, lock: Deno.FsFile): void {
+  const before = `${out}/${BEFORE}`;
+  if (exists(before) && !exists(`${out}/${MANIFEST}`) && !exists(`${out}/${CHECKPOINTS}`)) {
+    for (const name of contentOf(out)) Deno.removeSync(`${out}/${name}`, { recursive: true });
+    for (const { name } of [...Deno.readDirSync(before)]) Deno.renameSync(`${before}/${name}`, `${out}/${name}`);
+    Deno.removeSync(before);
+  }
+  const empty = contentOf(out).length === 0;
+  // In a folder that is still unfinished the lock stays: it tells whose that is.
+  if (empty || exists(`${out}/${MANIFEST}`)) Deno.removeSync(`${out}/${LOCK}`);
+  if (empty) Deno.removeSync(out);
+  lock.close();
 }
 
 function contentOf(out: string): string[] {
-  return [...Deno.readDirSync(out)].map((entry) => entry.name).filter((name) => name !== LOCK);
+  return [...Deno.readDirSync(out)].map((entry) => entry.name).filter((name) => name !== LOCK && name !== BEFORE);
 }
 
-/** All files under `path` in a fixed order, without manifests and locks and without folders named in `skip`. */
+/** All files under `path` in a fixed order, without manifests, locks and what was set aside, nor folders named in `skip`. */
 function filesUnder(path: string, skip: readonly string[] = []): string[] {
   if (!Deno.statSync(path).isDirectory) return [path];
   const names = [...Deno.readDirSync(path)].map((entry) => entry.name).sort();
-  return names.filter((name) => name !== MANIFEST && name !== LOCK && !skip.includes(name))
+  return names.filter((name) => ![MANIFEST, LOCK, BEFORE, ...skip].includes(name))
     .flatMap((name) => filesUnder(`${path}/${name}`, skip));
 }
 

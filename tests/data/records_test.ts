@@ -1,7 +1,7 @@
 /** Tests of reading question-answer files: shapes, errors, splits. The Parquet file was written by pyarrow. */
 import { assertEquals, assertRejects, assertThrows } from "@std/assert";
 import { fileURLToPath } from "node:url";
-import { carveSplits, findSplits, readRecords, readSplits, type SftRecord } from "../../lib/data/records.ts";
+import { carveSplits, findSplits, placeOf, readRecords, readSplits, type SftRecord } from "../../lib/data/records.ts";
 
 const PARQUET = fileURLToPath(new URL("../../fixtures/records/messages.parquet", import.meta.url));
 const PAIR = [{ role: "user", content: "q" }, { role: "assistant", content: "a" }];
@@ -60,6 +60,18 @@ Deno.test("readRecords() reads lists of messages from Parquet, over its row grou
   assertEquals((await readRecords([PARQUET], { limit: 1 })).records, records.slice(0, 1));
 });
 
+Deno.test("readRecords() reads Parquet under every compression, and tells where a record was read", async () => {
+  const { records } = await readRecords([PARQUET]);
+  for (const compression of ["gzip", "zstd", "brotli", "lz4"]) {
+    const path = PARQUET.replace(".parquet", `.${compression}.parquet`), found = await readRecords([path]);
+    assertEquals(found.records, records, compression);
+    assertEquals(found.records.map(placeOf), [0, 1, 2].map((row) => `"${path}", row ${row}`));
+  }
+  using dir = folder({ "a.jsonl": '\n{"text": "a"}\n\n{"text": "a"}\n' });
+  const lines = await readRecords([dir.at("a.jsonl")]);
+  assertEquals(lines.records.map(placeOf), [2, 4].map((line) => `"${dir.at("a.jsonl")}", line ${line}`));
+});
+
 Deno.test("readRecords() names the line and what is wrong with it", async () => {
   const cases: [lines: string, message: string][] = [
     ['{"text": "a"}\n{"text": ', ", line 2: "],
@@ -80,7 +92,11 @@ Deno.test("readRecords() names the line and what is wrong with it", async () => 
     await assertRejects(() => readRecords([dir.at("a.jsonl")]), Error, message);
   }
   using dir = folder({ "a.jsonl": new Uint8Array([123, 34, 0xff, 34, 125]), "b.parquet": "PAR1 but no more" });
-  await assertRejects(() => readRecords([dir.at("a.jsonl")]), SyntaxError, "it is not UTF-8 text");
+  await assertRejects(() => readRecords([dir.at("a.jsonl")]), SyntaxError, ", line 1: it is not UTF-8 text");
+  const third = new TextEncoder().encode('{"text": "ü"}\n{"text": "b"}\n{"text": "c"}\n');
+  third[third.lastIndexOf(99)] = 0xff;
+  using late = folder({ "a.jsonl": third });
+  await assertRejects(() => readRecords([late.at("a.jsonl")]), SyntaxError, ", line 3: it is not UTF-8 text");
   await assertRejects(() => readRecords([dir.at("b.parquet")]), SyntaxError, "Cannot read");
 });
 

@@ -20,7 +20,7 @@ const parse = (line: string, options = {}) =>
   parseFlags(line.split(" ").filter(Boolean), defaults, { script: "05_train", ...options });
 
 Deno.test("flags() gives the defaults of the recipe, from --recipe or else from the environment", () => {
-  const common = { out: "artifacts/05_train", force: false, verbose: false, help: false, _: [] };
+  const common = { out: "artifacts/05_train", asMade: false, force: false, verbose: false, help: false, _: [] };
   const fixed = { model: "artifacts/02_load", lr: 2e-4, mode: "qlora", doubleQuant: true, private: false, adapter: "" };
   const targets = ["q_proj", "v_proj"];
   const tiny = { ...fixed, ...common, targets, maxSteps: 60, packing: "bfd", stop: [], recipe: "tiny" };
@@ -67,6 +67,28 @@ Deno.test("flags() reads numbers, words, lists, empty values and negative ones",
   assertEquals(parseFlags(["--adapter", ""], defaults, { script: "x" }).adapter, "");
   assertEquals(parseFlags(["--model", "two words"], defaults, { script: "x" }).model, "two words");
   assertEquals(parse("--out elsewhere").out, "elsewhere");
+});
+
+Deno.test("flags() takes a list in one piece or in several, and of other flags the last", () => {
+  assertEquals(parse("--targets q_proj,v_proj --targets o_proj").targets, ["q_proj", "v_proj", "o_proj"]);
+  assertEquals(parse("--stop b --recipe blog --stop=c").stop, ["b", "c"]);
+  assertEquals(parse("--lr 3 --lr 4").lr, 4);
+});
+
+Deno.test("--as-made gives what is not given the values of the run before, where they fit", () => {
+  const before = { lr: 3, maxSteps: "7", mode: "qlora", packing: "wrapped", targets: ["o_proj"], other: 1, out: "x" };
+  const asked: unknown[] = [];
+  const made = (out: string, recipe: string) => (asked.push([out, recipe]), before);
+  const found = parse("--as-made --double-quant=false --targets k_proj", { made });
+  assertEquals(asked, [["artifacts/05_train", "tiny"]]);
+  const plain = parse("--double-quant=false --targets k_proj", { made });
+  assertEquals<Record<string, unknown>>(found, { ...plain, lr: 3, asMade: true });
+  assertEquals([plain.lr, asked.length], [2e-4, 1]);
+});
+
+Deno.test("flags() of what is no stage has none about a folder", () => {
+  assertEquals(Object.keys(parse("", { stage: false })).filter((key) => ["out", "force", "asMade"].includes(key)), []);
+  assertThrows(() => parse("--out x", { stage: false }), SyntaxError, 'flag "--out"');
 });
 
 Deno.test("flags() takes the slash from the end of a folder's name, and from no sentence", () => {
@@ -118,6 +140,7 @@ Deno.test("flags() refuses what it does not understand and names it", () => {
     ["--max-steps Infinity", '"Infinity" is not a finite number'],
     ["--mode full", 'flag "--mode": "full" is not one of qlora, lora'],
     ["--private=maybe", '"maybe" is not true or false'],
+    ["--out=", 'flag "--out": "" is not a folder\'s name'],
     ["--private maybe", '"maybe": this script takes no words without a flag'],
     ["--recipe large", 'recipe "large": the recipes are tiny, blog'],
   ];
@@ -161,6 +184,7 @@ const opt = flags(import.meta, {
   assertEquals(lines.slice(8).map((line) => line.trim().split(/ +/)[0]), [
     "--recipe",
     "--out",
+    "--as-made",
     "--force",
     "--verbose",
     "--help",

@@ -11,7 +11,7 @@ const CONFIG = new URL("../../deno.json", import.meta.url).pathname;
 const SCRIPT = `/** A stage. */
 import { flags } from "${LIB}flags.ts";
 import { beginStage } from "${LIB}manifest.ts";
-const opt = flags(import.meta, { source: "in", factor: 2, wait: false, bad: false, reuse: false, refuse: false, name: "09_copy" });
+const opt = flags(import.meta, { source: "in", factor: 2, wait: false, bad: false, reuse: false, refuse: false, saves: true, name: "09_copy" });
 const stage = await beginStage(opt.name, opt, { reads: [opt.source, "", "hf:owner/name"] });
 if (opt.refuse) throw new RangeError("Cannot use this input: it is bad");
 stage.clear({ keep: opt.reuse });
@@ -21,8 +21,10 @@ for (const { name } of [...Deno.readDirSync(opt.source)].filter((entry) => entry
 }
 Deno.mkdirSync(stage.out + "/deep/er", { recursive: true });
 Deno.writeTextFileSync(stage.out + "/deep/er/last", "x");
-Deno.mkdirSync(stage.out + "/checkpoints", { recursive: true });
-Deno.writeTextFileSync(stage.out + "/checkpoints/step", "not recorded");
+if (opt.saves) {
+  Deno.mkdirSync(stage.out + "/checkpoints", { recursive: true });
+  Deno.writeTextFileSync(stage.out + "/checkpoints/step", "not recorded");
+}
 if (opt.wait) await new Promise((resolve) => setTimeout(resolve, 60_000));
 await stage.done({ numbers: { factor: opt.factor, list: [1, opt.bad ? NaN : 2] }, device: "a device" });
 `;
@@ -96,7 +98,16 @@ Deno.test("a stage writes down what it read, wrote and measured, and prints it a
       device: "a device",
       numbers: { factor: 3, list: [1, 2] },
     });
-    const asked = { source: "in", factor: 3, wait: false, bad: false, reuse: false, refuse: false, name: "09_copy" };
+    const asked = {
+      source: "in",
+      factor: 3,
+      wait: false,
+      bad: false,
+      reuse: false,
+      refuse: false,
+      saves: true,
+      name: "09_copy",
+    };
     assertEquals(flags, { ...asked, recipe: "tiny", out: OUT });
     const short = (list: Manifest["reads"]) => list.map(({ path, bytes, sha256 }) => [path, bytes, sha256]);
     assertEquals(short(manifest.reads), [["in/a.txt", 5, sha256("first")], ["in/sub/b.txt", 6, sha256("second")]]);
@@ -139,6 +150,13 @@ Deno.test("a stage runs again when a flag, an input or a result has changed, and
       write(`${OUT}/.lock`, "09_copy pid 1\n");
     });
     await same("and then all is well again");
+    await again("another flag", "--factor 5");
+    await same("no flag, but as it was made", "--as-made");
+    await again("no flag, but as it was made, and an input has changed", "--as-made", () => write("in/a.txt", "other"));
+    assertEquals(readManifest(`${dir}/${OUT}`)!.flags.factor, 5);
+    await again("as it was made, but for a flag", "--as-made --factor 6");
+    await again("of another recipe nothing is taken over", "--as-made --recipe blog");
+    assertEquals(readManifest(`${dir}/${OUT}`)!.flags.factor, 2);
   });
 });
 
@@ -161,10 +179,42 @@ Deno.test("a stage that refuses its input leaves the earlier result as it was", 
     const before = files().map((path) => [path, Deno.readTextFileSync(`${dir}/${path}`)]);
     for (const line of ["--refuse", "--refuse --force", "--refuse --factor 3 --reuse"]) {
       assertEquals(await run(line), { code: 1, out: "", err: "Cannot use this input: it is bad\n" });
-      const after = files().filter((path) => !path.endsWith("/.lock"));
-      assertEquals(after.map((path) => [path, Deno.readTextFileSync(`${dir}/${path}`)]), before);
+      assertEquals(files().map((path) => [path, Deno.readTextFileSync(`${dir}/${path}`)]), before);
     }
     assertEquals(await run(), { code: 0, out: UP_TO_DATE, err: "" });
+    assertEquals((await run("--refuse --out artifacts/new")).code, 1);
+    assertEquals([...Deno.readDirSync(`${dir}/artifacts`)].map(({ name }) => name), ["09_copy"]);
+  }));
+
+Deno.test("a stage that fails at work puts the earlier result back, also after a run that was killed", () =>
+  onBench(async ({ dir, run, start, write, files }) => {
+    await run();
+    const before = files().map((path) => [path, Deno.readTextFileSync(`${dir}/${path}`)]);
+    write("in/c.txt", "a third");
+    const failed = await run("--bad --saves=false");
+    assertEquals([failed.code, failed.err.startsWith("Cannot write manifest.json: numbers.list.1")], [1, true]);
+    assertEquals(files().map((path) => [path, Deno.readTextFileSync(`${dir}/${path}`)]), before);
+    const child = start("--wait --saves=false");
+    await working(child);
+    child.kill("SIGKILL");
+    await Promise.all([child.status, child.stdout.cancel(), child.stderr.cancel()]);
+    assertEquals(files().filter((path) => /^[^.]*\/manifest/.test(path)), [], "half of a result is none");
+    assertEquals((await run("--bad --saves=false")).code, 1);
+    assertEquals(files().map((path) => [path, Deno.readTextFileSync(`${dir}/${path}`)]), before);
+    assertEquals((await run("--saves=false")).code, 0);
+    const written = ["a.txt", "c.txt", "deep/er/last", "manifest.json"].map((name) => `${OUT}/${name}`);
+    assertEquals(files(), written, "what was set aside is gone");
+  }));
+
+Deno.test("a stage refuses an input that its own result would replace", () =>
+  onBench(async ({ dir, run, files }) => {
+    await run();
+    const before = files();
+    const { code, err } = await run(`--source ${OUT}/deep`);
+    const said =
+      `Cannot read "${OUT}/deep" and write "${OUT}": what is there makes way for the result: name another folder`;
+    assertEquals([code, err.startsWith(said)], [1, true]);
+    assertEquals([files(), Deno.readTextFileSync(`${dir}/${OUT}/deep/er/last`)], [before, "x"]);
   }));
 
 Deno.test("a stage says in one line that an input was made with another recipe", () =>
@@ -178,7 +228,7 @@ Deno.test("a stage says in one line that an input was made with another recipe",
     assertEquals([code, err], [0, said]);
   }));
 
-Deno.test("a stage that fails or is killed leaves no manifest, and the next run does all of it", () =>
+Deno.test("a stage that fails after a checkpoint or is killed leaves no manifest, and the next run does all of it", () =>
   onBench(async ({ dir, start, run, files }) => {
     assertEquals((await run()).code, 0);
     const failed = await run("--bad");
@@ -259,6 +309,11 @@ Deno.test("a missing or unfinished input says what makes it", () =>
     write("artifacts/02_load/model.safetensors", "half of it");
     const unfinished = '"artifacts/02_load" has no manifest.json, so it is unfinished: run "deno task 02" first';
     await refused("artifacts/02_load", `"artifacts/02_load": ${unfinished}`);
+    write("elsewhere/half.txt", "half of it");
+    write("elsewhere/.lock", "02_load pid 1\n");
+    await refused("elsewhere", `"elsewhere": ${unfinished.replace("artifacts/02_load", "elsewhere")}`);
+    write("01_mine/a.txt", "not a stage's folder");
+    assertEquals((await run("--source 01_mine --out of_mine")).code, 0);
     write("artifacts/05_train/checkpoints/step-10/adapter", "whole");
     checkInput(`${dir}/artifacts/05_train/checkpoints/step-10`);
     checkInput(`${dir}/artifacts/02_load`, { out: `${dir}/artifacts/02_load` });
@@ -266,8 +321,11 @@ Deno.test("a missing or unfinished input says what makes it", () =>
     const { err } = await run("--source artifacts/02_load --out artifacts/02_load");
     assertMatch(
       err,
-      /^Cannot read "artifacts\/02_load\/manifest\.json": .*: remove the file and run the stage again\n$/,
+      /^Cannot read "artifacts\/02_load\/manifest\.json": .*: name another folder, or remove this one\n$/,
     );
+    write("artifacts/02_load/manifest.json", '{"script":"09_copy"}');
+    const partial = await run("--source in --out artifacts/02_load");
+    assertStringIncludes(partial.err, "it has files that 09_copy did not make");
   }));
 
 Deno.test("writeAtomic() replaces a file as a whole and leaves nothing beside it when it fails", async () => {

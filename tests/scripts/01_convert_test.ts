@@ -1,6 +1,8 @@
 /** What 01 refuses: each mistake is one line on stderr, status 1, and nothing that the next stage would take for a result. */
-import { assert } from "@std/assert";
-import { assertNothingPartial, assertRefused, attempt, command, inFolder, ROOT, walk } from "./process.ts";
+import { assert, assertEquals } from "@std/assert";
+import { sha256File } from "../../lib/run/manifest.ts";
+import { NO_GPU } from "../on_gpu.ts";
+import { assertNothingPartial, assertRefused, attempt, command, inFolder, ROOT, stage, walk } from "./process.ts";
 
 Deno.test("01 refuses a checkpoint that is missing, cut off, foreign or contradicts its settings", () =>
   inFolder(async (dir) => {
@@ -21,6 +23,12 @@ Deno.test("01 refuses a checkpoint that is missing, cut off, foreign or contradi
       /^Cannot convert ".*": its settings say d_model 128 and d_model 7$/m,
     );
 
+    await refused(
+      "--source tiny --set rope_thta=5",
+      /^Cannot read flag "--set": there is no setting "rope_thta": those of a /m,
+    );
+    await refused("--source tiny --out=", /^Cannot read flag "--out": "" is not a folder's name$/m);
+
     Deno.mkdirSync(`${dir}/cut`);
     Deno.copyFileSync(`${ROOT}fixtures/tiny/config.json`, `${dir}/cut/config.json`);
     const whole = Deno.readFileSync(`${ROOT}fixtures/tiny/model.safetensors`);
@@ -30,6 +38,26 @@ Deno.test("01 refuses a checkpoint that is missing, cut off, foreign or contradi
     await refused("--source cut", ends);
     Deno.writeTextFileSync(`${dir}/cut/model.safetensors`, "not a checkpoint");
     await refused("--source cut", /^Cannot read "cut\/model.safetensors": /);
+  }));
+
+Deno.test("01 keeps the earlier result where a weight turns out to be bad, and where it would read what it writes", {
+  ignore: NO_GPU,
+}, () =>
+  inFolder(async (dir) => {
+    const out = `${dir}/artifacts/01_convert`;
+    await stage(dir, "01_convert", "--source tiny");
+    const files = () => walk(out).sort().map((path) => [path, sha256File(path)]);
+    const before = files();
+    Deno.mkdirSync(`${dir}/bad`);
+    Deno.copyFileSync(`${ROOT}fixtures/tiny/config.json`, `${dir}/bad/config.json`);
+    const bytes = Deno.readFileSync(`${ROOT}fixtures/tiny/model.safetensors`);
+    bytes.fill(0xff, bytes.length - 4); // a NaN, in float32 as in 16 bit
+    Deno.writeFileSync(`${dir}/bad/model.safetensors`, bytes);
+    assertRefused(await attempt(dir, "01_convert", "--source bad"), /NaN/);
+    assertEquals(files(), before);
+    const own = await attempt(dir, "01_convert", "--source artifacts/01_convert --dtype bfloat16");
+    assertRefused(own, /^Cannot read "artifacts\/01_convert" and write "artifacts\/01_convert": .*--out$/m);
+    assertEquals(files(), before);
   }));
 
 Deno.test("01 refuses to write where it cannot, or where something else lies", () =>

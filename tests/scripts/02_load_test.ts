@@ -26,6 +26,19 @@ Deno.test(
       await refused("--mode lora4", /^Cannot read flag "--mode": "lora4" is not one of qlora, lora, full$/m);
       await refused("--double-quant=yes", /^Cannot read flag "--double-quant": "yes" is not true or false$/m);
 
+      // Layers that config.json does not know must not be left out without a word.
+      Deno.mkdirSync(`${dir}/deep`);
+      const golden = `${ROOT}fixtures/golden/tiny/model_hf`;
+      Deno.copyFileSync(`${golden}/model.safetensors`, `${dir}/deep/model.safetensors`);
+      const config = JSON.parse(Deno.readTextFileSync(`${golden}/config.json`));
+      Deno.writeTextFileSync(`${dir}/deep/config.json`, JSON.stringify({ ...config, num_hidden_layers: 1 }));
+      for (const mode of ["qlora", "lora", "full"]) {
+        await refused(
+          `--model deep --mode ${mode}`,
+          /^Cannot load "deep": config.json has no place for its tensor "model.layers.1\..+": make them agree$/m,
+        );
+      }
+
       Deno.symlinkSync(`${ROOT}fixtures/golden/tiny/model_4bit`, `${dir}/nf4`);
       await refused("--model nf4", /^Cannot load "nf4": it is in 4 bit already: name the 16-bit model$/m);
     }),

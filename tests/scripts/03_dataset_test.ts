@@ -25,7 +25,7 @@ Deno.test("03 refuses data that it would have to guess at, and rows that teach n
     );
     await refused("--source qa --limit -3", /^Cannot use --limit -3: a whole number of at least 0 is wanted$/m);
     const masked =
-      /^Cannot learn from row 0 of train \(record 0\) and 11 more: all labels are masked, .* --max-seq-length/;
+      /^Cannot learn from the row of train that begins with "[^"]+", line 1, nor from 11 more: all labels are masked, .* --max-seq-length/;
     await refused("--source qa --max-seq-length 32 --loss completion", masked);
 
     const data = async (text: string, message: RegExp) => {

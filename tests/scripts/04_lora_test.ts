@@ -1,6 +1,9 @@
 /** What 04 refuses, each in one line on stderr with status 1. */
+import { assertEquals, assertNotEquals } from "@std/assert";
+import { rounded } from "../../lib/data/dtype.ts";
+import { readAdapter } from "../../lib/model/adapter.ts";
 import { NO_GPU } from "../on_gpu.ts";
-import { assertRefused, attempt, earlierResult, inFolder, ROOT } from "./process.ts";
+import { assertRefused, attempt, earlierResult, inFolder, ROOT, stage } from "./process.ts";
 
 Deno.test(
   "04 refuses a model that was not loaded for an adapter, and adapters that cannot be",
@@ -38,5 +41,23 @@ Deno.test(
         "--model model",
         /^Cannot make an adapter for "model": it was loaded with --mode full, .*: run "deno task 02/,
       );
+    }),
+);
+
+Deno.test(
+  "04 rounds a fresh adapter to the 16 bits of its base, as PEFT does, and not to 4",
+  { ignore: NO_GPU },
+  () =>
+    inFolder(async (dir) => {
+      await stage(dir, "01_convert", "--source tiny --dtype bfloat16");
+      const fresh = async (mode: string) => {
+        await stage(dir, "02_load", `--mode ${mode}`);
+        await stage(dir, "04_lora", "--r 4");
+        return readAdapter(`${dir}/artifacts/04_lora`).tensors;
+      };
+      const [drawn, moved] = [await fresh("qlora"), await fresh("lora")];
+      assertEquals([...moved.keys()], [...drawn.keys()]);
+      for (const [name, values] of drawn) assertEquals(moved.get(name), rounded(values, "BF16"), name);
+      assertNotEquals(moved, drawn);
     }),
 );

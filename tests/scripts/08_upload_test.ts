@@ -78,6 +78,7 @@ async function trial(body: (trial: Trial) => Promise<void>, options: { chunk?: n
   const other = { ...record, path: "artifacts/05_train/adapter/adapter_model.safetensors" };
   write(at("06_evaluate/manifest.json"), {
     ...manifest,
+    script: "06_evaluate",
     reads: [{ ...other, sha256: "0" }],
     numbers: { perplexity: 77.5 },
   });

@@ -70,9 +70,13 @@ Deno.test("ask --raw --greedy writes transformers' text: of the merged model whe
       return { path, sha256: sha256File(`${dir}/${path}`) };
     });
     const manifest = `${dir}/artifacts/07_merge/manifest.json`;
-    Deno.writeTextFileSync(manifest, JSON.stringify({ reads }));
+    const rest = { script: "07_merge", flags: {}, writes: [], numbers: {} };
+    Deno.writeTextFileSync(manifest, JSON.stringify({ ...rest, reads }));
     await expected("model_hf", 1, merged);
-    Deno.writeTextFileSync(manifest, JSON.stringify({ reads: [reads[0], { ...reads[1], sha256: "another" }] }));
+    Deno.writeTextFileSync(
+      manifest,
+      JSON.stringify({ ...rest, reads: [reads[0], { ...reads[1], sha256: "another" }] }),
+    );
     await expected("model_hf + generate_adapter", 1.1, apart);
     Deno.removeSync(`${dir}/artifacts/05_train`, { recursive: true });
     await expected("model_hf", 1, merged);
