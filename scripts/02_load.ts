@@ -30,6 +30,7 @@ import { bytes, count, progress, table } from "../lib/run/print.ts";
 const opt = flags(import.meta, {
   model: "artifacts/01_convert", // the converted model
   mode: choice(["qlora", "lora", "full"]), // what stage 05 trains
+  dtype: choice(["stored", "float32", "float16", "bfloat16"], { tiny: "stored", blog: "bfloat16" }), // qlora: first round all weights
   doubleQuant: true, // quantize the scales of the blocks too
 });
 const stage = await beginStage("02_load", opt, { reads: [opt.model] });
@@ -44,11 +45,12 @@ if (left !== undefined) {
   throw new Error(`Cannot load "${opt.model}": config.json has no place for its tensor "${left}": make them agree`);
 }
 const before = countElements(source, config);
+const dtype = opt.dtype === "stored" ? undefined : opt.dtype;
 stage.clear();
 
 // 2. The weights: quantized, or the same file under another name.
 if (opt.mode === "qlora") {
-  await writeQuantizedModel({ source, config, out: opt.out, doubleQuant: opt.doubleQuant });
+  await writeQuantizedModel({ source, config, dtype, out: opt.out, doubleQuant: opt.doubleQuant });
 } else {
   for (const { name } of Deno.readDirSync(opt.model)) {
     if (/^model.*\.safetensors(\.index\.json)?$/.test(name)) await share(name);
@@ -64,7 +66,7 @@ await writeJson(`${opt.out}/load.json`, { mode: opt.mode, base: opt.model });
 // 4. The blog's table.
 using loaded = openModel(opt.out);
 const after = countElements(loaded, config);
-const stored = config.dtype;
+const stored = opt.mode === "qlora" ? dtype ?? config.dtype : config.dtype;
 const precision = opt.mode !== "qlora"
   ? stored
   : `nf4 in blocks of 64${opt.doubleQuant ? ", double quantized" : ""}; embedding and norms ${stored}`;

@@ -2,7 +2,7 @@
  * Models with 4-bit weights in the files that transformers and bitsandbytes write and open: NF4 for the seven
  * projections, everything else as it was. It refuses fp4, int8 and files whose tables differ from the known ones.
  */
-import { type Dtype, rounded, STORED, toFloat32 } from "../data/dtype.ts";
+import { type Dtype, firstUnfit, fromFloat32, rounded, STORED, toFloat32 } from "../data/dtype.ts";
 import {
   blockAbsmax,
   dequantizeNf4,
@@ -43,18 +43,21 @@ export function quantizedWeights(config: ModelConfig): Set<string> {
 }
 
 /**
- * Writes `out/model.safetensors` and `out/config.json` from the 16- or 32-bit `source`. Each weight is read twice, for
+ * Writes `out/model.safetensors` and `out/config.json` from the 16- or 32-bit `source`, all of it first rounded to `dtype`
+ * where one is given, as transformers does when it is to load a model in 4 bit and in a dtype. Each weight is read twice, for
  * its scales and for its codes, so that memory holds one tensor and the scales of all: 1/64 of the weights in number.
  * Throws when `source` lacks a parameter of `config` or a shape differs.
  */
 export async function writeQuantizedModel(
-  { source, config, out, doubleQuant }: {
+  { source, config: given, dtype, out, doubleQuant }: {
     readonly source: TensorSource;
     readonly config: ModelConfig;
+    readonly dtype?: ModelConfig["dtype"] | undefined;
     readonly out: string;
     readonly doubleQuant: boolean;
   },
 ): Promise<void> {
+  const config = dtype === undefined ? given : { ...given, dtype };
   const linear = quantizedWeights(config);
   const sinks: TensorSink[] = [];
   for (const { name, shape } of parameterShapes(config)) {
@@ -65,8 +68,14 @@ export async function writeQuantizedModel(
           `the config wants [${shape.join(", ")}]`,
       );
     }
-    if (linear.has(name)) sinks.push(...weightSinks({ source, name, doubleQuant }));
-    else sinks.push({ name, dtype: info.dtype, shape, data: () => source.read(name) });
+    if (linear.has(name)) sinks.push(...weightSinks({ source, name, dtype, doubleQuant }));
+    else if (dtype === undefined) sinks.push({ name, dtype: info.dtype, shape, data: () => source.read(name) });
+    else {sinks.push({
+        name,
+        dtype: STORED[dtype],
+        shape,
+        data: () => fromFloat32(valuesOf(source, name, dtype), STORED[dtype]),
+      });}
   }
   await writeSafetensors(`${out}/model.safetensors`, sinks);
   // bitsandbytes' config class refuses a threshold that is not a float, so the text must say 6.0.
@@ -94,20 +103,34 @@ function quantizationConfig(config: ModelConfig, doubleQuant: boolean) {
   };
 }
 
+/** A tensor's values, rounded to `dtype` where one is given. Throws where one does not fit there. */
+function valuesOf(source: TensorSource, name: string, dtype: ModelConfig["dtype"] | undefined): Float32Array {
+  const values = toFloat32(source.read(name), source.tensors.get(name)!.dtype);
+  if (dtype === undefined) return values;
+  const unfit = firstUnfit(values, STORED[dtype]);
+  if (unfit < 0) return rounded(values, STORED[dtype]);
+  throw new RangeError(
+    `Cannot quantize "${source.path}": element ${unfit} of "${name}" is ${
+      values[unfit]
+    }, which is no number in ${dtype}`,
+  );
+}
+
 /** The tensors that stand for one weight (bitsandbytes functional.py, QuantState.as_dict). */
 function weightSinks(
-  { source, name, doubleQuant }: {
+  { source, name, dtype, doubleQuant }: {
     readonly source: TensorSource;
     readonly name: string;
+    readonly dtype: ModelConfig["dtype"] | undefined;
     readonly doubleQuant: boolean;
   },
 ): TensorSink[] {
-  const { dtype, shape } = source.tensors.get(name)!;
-  const word = WORDS.find((name) => STORED[name] === dtype);
+  const { dtype: stored, shape } = source.tensors.get(name)!;
+  const word = dtype ?? WORDS.find((name) => STORED[name] === stored);
   if (word === undefined) {
-    throw new TypeError(`Cannot quantize "${name}": it is ${dtype}: it must be F32, F16 or BF16`);
+    throw new TypeError(`Cannot quantize "${name}": it is ${stored}: it must be F32, F16 or BF16`);
   }
-  const values = () => toFloat32(source.read(name), dtype);
+  const values = () => valuesOf(source, name, dtype);
   let absmax: Float32Array;
   try {
     absmax = blockAbsmax(values());

@@ -1,6 +1,6 @@
 // peak — what a device can do at most: multiply-adds on registers alone, and a copy from memory to memory.
 //
-//   fma_f32    12 independent chains of 20 · STEPS multiply-adds per lane, nothing read, one number written
+//   fma_f32    12 independent chains of REPEAT · STEPS multiply-adds per lane, nothing read, one number written
 //   copy       out[i] = x[i]
 //
 //   x, out     f32 as vec4, 4 · LANES · PER_LANE numbers per workgroup of copy
@@ -8,6 +8,7 @@
 
 override LANES: u32;
 override STEPS: u32 = 500u;
+override REPEAT: u32 = 20u;
 override PER_LANE: u32 = 8u;
 
 @group(0) @binding(0) var<storage, read> x: array<vec4f>;
@@ -27,7 +28,7 @@ fn fma_f32(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index)
   }
   for (var step = 0u; step < STEPS; step++) {
     // unroll
-    for (var r = 0u; r < 20u; r++) {
+    for (var r = 0u; r < REPEAT; r++) {
       // unroll
       for (var i = 0u; i < 12u; i++) {
         chain[i] = fma(chain[i], factor, term);

@@ -52,6 +52,18 @@ Deno.test("a bfloat16 model gives transformers' file byte for byte too", async (
     await writeQuantizedModel({ source: from, config, out, doubleQuant: true });
     from.close();
     assertSameFile(out, "tiny/model_4bit_bf16");
+    // And so does a float32 model that is to be loaded in bfloat16.
+    using exact = openModel(MODEL);
+    Deno.mkdirSync(`${out}/loaded`);
+    await writeQuantizedModel({
+      source: exact,
+      config: readConfig(MODEL),
+      dtype: "bfloat16",
+      out: `${out}/loaded`,
+      doubleQuant: true,
+    });
+    assertSameFile(`${out}/loaded`, "tiny/model_4bit_bf16");
+    assertEquals(readConfig(`${out}/loaded`), readConfig(out));
     // The weights that a bfloat16 model computes with are rounded to bfloat16.
     using source = openModel(out);
     const weight = dequantizeWeight(readQuantState(source, QUERY));
@@ -192,6 +204,12 @@ Deno.test("a weight that is not finite is refused with its place and the name of
   const run = () =>
     writeQuantizedModel({ source: damaged, config: readConfig(MODEL), out: "unused", doubleQuant: true });
   const error = await assertRejects(run, RangeError, "Cannot quantize weight 77: it is NaN");
+  values[77] = 1e6;
+  await withFolder(async (out) => {
+    const half = () =>
+      writeQuantizedModel({ source: damaged, config: readConfig(MODEL), dtype: "float16", out, doubleQuant: true });
+    await assertRejects(half, RangeError, `element 77 of "${name}" is 1000000, which is no number in float16`);
+  });
   assert(error.message.includes(`(tensor "${name}"`));
 });
 
