@@ -3,7 +3,7 @@
  * Blog section "Step 4: Training Configuration"; QLoRA, arXiv:2305.14314. An interrupted run goes on where its last
  * checkpoint left it and ends with the same bits as one that was never interrupted.
  *
- *   deno task train                     05 and whatever stage before it is missing
+ *   deno task train                     05 and before it whatever stage is missing or out of date
  *   deno task 05 --max-steps 20
  *   deno task 05 --no-resume            start over
  *

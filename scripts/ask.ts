@@ -66,10 +66,10 @@ write(text.end());
 
 // 3. How long it is and how fast it came; the first token belongs to the reading of the prompt.
 const { ids, finished } = answer!, ended = performance.now();
-const rate = ids.length > 1 ? `, ${count((ids.length - 1) / (ended - began) * 1000)} tokens/s` : "";
+const rate = ids.length > 1 ? `, then ${count((ids.length - 1) / (ended - began) * 1000)} tokens/s` : "";
 const cut = ids.length < opt.maxNewTokens ? `the model's ${count(context)} positions` : "--max-new-tokens";
 const end = finished ? "" : `, cut off by ${cut}`;
-console.log("\n\n" + dim(`${count(ids.length)} tokens in ${duration(ended - asked)}${rate}${end}`));
+console.log("\n\n" + dim(`${count(ids.length)} tokens, the first after ${duration(began - asked)}${rate}${end}`));
 generator.destroy();
 
 /** What is asked for, or what the stages have left. */
