@@ -28,7 +28,7 @@ import { fetchRepo } from "../lib/hub/download.ts";
 import { readConfig } from "../lib/model/config.ts";
 import { byRecipe, checkNumbers, choice, flags, unset } from "../lib/run/flags.ts";
 import { beginStage, sha256File, writeJson } from "../lib/run/manifest.ts";
-import { count, dim, fileBars, percent, progress, table } from "../lib/run/print.ts";
+import { count, dim, fileBars, percent, printable, progress, table } from "../lib/run/print.ts";
 
 const opt = flags(import.meta, {
   // The blog does not name its dataset: this is the name that goes with its model's, so check it before you rely on it.
@@ -185,6 +185,7 @@ function withoutRows(split: Split, slices: readonly Slice[][], unlearnt: Readonl
 }
 
 function mark({ learnt, text }: { readonly learnt: boolean; readonly text: string }): string {
-  if (Deno.stdout.isTerminal()) return learnt ? text : dim(text);
-  return learnt ? `«${text}»` : text;
+  const harmless = printable(text);
+  if (Deno.stdout.isTerminal()) return learnt ? harmless : dim(harmless);
+  return learnt ? `«${harmless}»` : harmless;
 }

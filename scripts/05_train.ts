@@ -279,7 +279,11 @@ async function evaluate(): Promise<void> {
   show(step, [
     `eval_loss ${evalLoss.toFixed(4)}`,
     `perplexity ${perplexity.toFixed(2)}`,
-    improved ? "the lowest so far" : step === 0 ? "before training" : "",
+    step === 0
+      ? "before training"
+      : improved
+      ? `the lowest ${evalLoss < log.losses().eval[0]! ? "so far" : "of an update"}`
+      : "",
   ]);
   if (improved) best = { step, evalLoss };
   if (improved && opt.loadBest) {

@@ -19,7 +19,7 @@ import { createGenerator } from "../lib/model/generate.ts";
 import { checkSampling } from "../lib/model/sample.ts";
 import { byRecipe, flags, unset } from "../lib/run/flags.ts";
 import { readManifest, sha256File } from "../lib/run/manifest.ts";
-import { count, dim, duration } from "../lib/run/print.ts";
+import { count, dim, duration, printable } from "../lib/run/print.ts";
 
 const opt = flags(import.meta, {
   model: unset, // model folder; by default what the stages have left, as above
@@ -102,6 +102,6 @@ function findTemplate(): ChatTemplate {
 
 /** Writes at once, without a line break. */
 function write(piece: string): void {
-  const bytes = new TextEncoder().encode(piece);
+  const bytes = new TextEncoder().encode(printable(piece));
   for (let at = 0; at < bytes.length;) at += Deno.stdout.writeSync(bytes.subarray(at));
 }

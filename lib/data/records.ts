@@ -170,7 +170,7 @@ export function findSplits(source: string): Partial<Record<Split, string[]>> {
 /**
  * Takes what is missing of validation and test out of train, each about one record in twenty: by the SHA-256 of the
  * record, so equal records stay together and a longer dataset keeps the place of every record. A part that came out
- * empty gets the train record with the highest hash.
+ * empty gets the train record with the highest hash, and what equals it, unless that is all there is.
  */
 export function carveSplits(
   train: readonly SftRecord[],
@@ -183,7 +183,8 @@ export function carveSplits(
     const inside = (at: number) =>
       at >= 1 - 0.05 * (missing.length - index) && at < 1 - 0.05 * (missing.length - index - 1);
     let part = rest.filter(({ at }) => inside(at));
-    if (part.length === 0 && rest.length > 1) part = [rest.reduce((a, b) => (b.at > a.at ? b : a))];
+    const highest = rest.reduce((most, { at }) => Math.max(most, at), 0);
+    if (part.length === 0 && rest.some(({ at }) => at < highest)) part = rest.filter(({ at }) => at === highest);
     const taken = new Set(part);
     parts.set(split, part);
     parts.set("train", rest.filter((entry) => !taken.has(entry)));
@@ -200,15 +201,16 @@ async function* jsonRows(path: string): AsyncGenerator<{ row: Row; place: string
   const file = await Deno.open(path);
   const utf8 = new TextDecoderStream("utf-8", { fatal: true });
   const lines = file.readable.pipeThrough(utf8).pipeThrough(new TextLineStream());
-  let number = 0;
+  let number = 0, begun = false;
   try {
     for await (const line of lines) {
       number++;
       if (line.trim() === "") continue;
-      if (number === 1 && line.trimStart().startsWith("[")) {
+      if (!begun && line.trimStart().startsWith("[")) {
         yield* arrayRows(path); // one JSON array over many lines
         return;
       }
+      begun = true;
       const row = parse(line, `${path}", line ${number}`);
       if (!isRow(row)) {
         throw new SyntaxError(`Cannot read "${path}", line ${number}: a JSON object is wanted on each line`);

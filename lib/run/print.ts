@@ -77,6 +77,12 @@ export function dim(text: string): string {
   return Deno.stdout.isTerminal() && !Deno.noColor ? `\x1b[2m${text}\x1b[0m` : text;
 }
 
+/** Text of a file or a model for a terminal, which would obey the control characters in it; as it is for a pipe. */
+export function printable(text: string): string {
+  // deno-lint-ignore no-control-regex -- they are what is looked for
+  return Deno.stdout.isTerminal() ? text.replace(/[\0-\x08\x0b-\x1f\x7f-\x9f]/g, "\ufffd") : text;
+}
+
 /** Bars of files that arrive in their time, for the `onProgress` of a download: one for each path. */
 export function fileBars(): (file: { readonly path: string; readonly done: number; readonly total: number }) => void {
   const bars = new Map<string, Progress>();

@@ -159,6 +159,13 @@ Deno.test("carveSplits() leaves no split empty when there are three records", ()
   const records = ["a", "b", "c"].map((text) => ({ text }));
   const parts = carveSplits(records, ["validation", "test"]);
   assertEquals([parts.train!.length, parts.validation!.length, parts.test!.length], [1, 1, 1]);
+  // Equal records are one: they are never on both sides.
+  const twice = carveSplits([...records, ...records], ["validation", "test"]);
+  for (const part of [twice.train!, twice.validation!, twice.test!]) {
+    assertEquals([part.length, part[0]], [2, part[1]]);
+  }
+  const same = carveSplits([records[0]!, records[0]!], ["test"]);
+  assertEquals([same.train!.length, same.test!.length], [2, 0]);
 });
 
 Deno.test("readSplits() takes validation and test from files of their own and says what it carved", async () => {

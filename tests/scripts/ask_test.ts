@@ -29,7 +29,8 @@ async function ask(dir: string, args: string[]): Promise<{ code: number; out: st
 
 /** The answer between the notices and the last line. */
 function answerOf(out: string): string {
-  const [, answer] = new RegExp(`^${NOTICE}\n[^\n]+ answers\\.\n\n([^]*)\n\n\\d+ tokens, the first after [^\n]+\n$`).exec(out) ?? [];
+  const [, answer] =
+    new RegExp(`^${NOTICE}\n[^\n]+ answers\\.\n\n([^]*)\n\n\\d+ tokens, the first after [^\n]+\n$`).exec(out) ?? [];
   assert(answer !== undefined, out);
   return answer;
 }
@@ -55,7 +56,10 @@ Deno.test("ask --raw --greedy writes transformers' text: of the merged model whe
       assertEquals([code, err], [0, ""]);
       assertEquals(answerOf(out), tokenizer.decode(new_ids, { skipSpecialTokens: true }));
       assertStringIncludes(out, `\n${name} answers.\n`);
-      assertMatch(out, /\n40 tokens, the first after [\d.]+ m?s, then [\d,]+ tokens\/s, cut off by --max-new-tokens\n$/);
+      assertMatch(
+        out,
+        /\n40 tokens, the first after [\d.]+ m?s, then [\d,]+ tokens\/s, cut off by --max-new-tokens\n$/,
+      );
     };
     copy(goldenPath("tiny/model_hf"), `${dir}/artifacts/01_convert`);
     copy(goldenPath("tiny/tokenizer"), `${dir}/artifacts/01_convert`);
