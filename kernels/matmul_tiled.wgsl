@@ -10,10 +10,11 @@
 //   grid       nt, nn: [column tiles, row tiles]; tn: [column tiles of w, column tiles of x]; nt counts the tiles of each
 //              segment apart
 //
-// 256 threads load 8 inner steps of a row, or 4 columns of one inner step, per thread and round, into registers while
-// the tile before is multiplied (the latency of device memory hides behind that), then widen them to f32 and write them
-// to workgroup memory, inner step by inner step. A tile is cut into slabs of 64 rows by 8 inner steps: naga clamps every
-// index of workgroup memory that is not a literal, and in [slab][step][quad] only indices that no loop changes remain.
+// 256 threads load blocks of 4 by 4 numbers into registers while the tile before is multiplied (the latency of device memory
+// hides behind that), then widen them to f32 and write them to workgroup memory, inner step by inner step and a vec4f at
+// a time: a write to one component may be one to all of them where the shading language is not SPIR-V. A tile is cut into
+// slabs of 64 rows by 8 inner steps: naga clamps every index of workgroup memory that is not a literal, and in
+// [slab][step][quad] only indices that no loop changes remain.
 
 override BM: u32 = 128u;
 override BN: u32 = 128u;
@@ -42,21 +43,6 @@ fn quads(thread: u32) -> vec2u {
   let part = thread >> 5u;
   let lane = thread & 31u;
   return vec2u((part & 1u) * 8u + ((lane >> 1u) & 7u), (part >> 1u) * 4u + (lane & 1u) + (lane >> 4u) * 2u);
-}
-
-/// Writes 8 inner steps of one row of x, or of w, into the slab.
-fn keep_x8(slab: u32, row: u32, value: mat2x4f) {
-  // unroll
-  for (var q = 0u; q < 8u; q++) {
-    x_tile[slab][q][row >> 2u][row & 3u] = value[q / 4u][q % 4u];
-  }
-}
-
-fn keep_w8(slab: u32, row: u32, value: mat2x4f) {
-  // unroll
-  for (var q = 0u; q < 8u; q++) {
-    w_tile[slab][q][row >> 2u][row & 3u] = value[q / 4u][q % 4u];
-  }
 }
 
 /// c += the x tile · the w tile; c[2 i + j] holds columns 64 j + 4 quad .. of row i, rows 64 (i / 4) + 4 quad + i % 4.
@@ -97,40 +83,105 @@ fn finish(c: ptr<function, array<vec4f, 32>>, row: u32, column: u32, high: u32, 
   }
 }
 
-/// Inner steps `k` .. `k` + 7 of a row of x, continued by lora_x up to `inner`, zero from there on.
-fn load_x(row: u32, lora_row: u32, k: u32, inner: u32) -> mat2x4f {
-  if (k < dims.k) {
-    let at = row + (k >> 2u);
-    return mat2x4f(x[at], x[at + 1u]);
-  }
-  if (k < inner) {
-    let at = lora_row + ((k - dims.k) >> 2u);
-    return mat2x4f(lora_x[at], lora_x[at + 1u]);
-  }
-  return mat2x4f();
+/// What a thread loads of each tile of x or w: 4 inner steps from the `k`-th on of a quad of rows or columns.
+struct Block {
+  busy: bool, // false where there are fewer blocks than threads
+  of_x: bool,
+  quad: u32,
+  k: u32,
+  first: u32, // where the quad begins in x or w, in elements
+  lora: u32, // and in lora_x or lora_w
+  last: u32, // of its rows; those past the end are this one again, computed and not written
 }
 
-/// The same of a row of w (nt).
-fn load_w8(row: u32, lora_row: u32, k: u32, inner: u32) -> Raw8 {
-  if (k < dims.k) {
-    return raw8(row + k);
-  }
-  if (k < inner) {
-    let at = lora_row + ((k - dims.k) >> 2u);
-    return Raw8(bitcast<vec4u>(lora_w[at]), bitcast<vec4u>(lora_w[at + 1u]));
-  }
-  return Raw8();
+/// Whether there is a block `p`: first come those of x, then those of w. The threads of a warp load of one of them.
+fn is_block(p: u32) -> bool {
+  return (BM + BN) * BK % 4096u == 0u || p < (BM + BN) * BK / 16u;
 }
 
-/// Four columns at inner step `k` (nn), likewise.
-fn load_w4(column: u32, lora_column: u32, k: u32, inner: u32) -> vec4u {
-  if (k < dims.k) {
-    return raw4(column + k * dims.w_stride);
+/// The `p`-th block of the rows from `row0` on, `first` and `lora` in rows: 8 neighbours write neighbours, 32 read whole sectors.
+fn block_of_rows(p: u32, row0: u32, end: u32) -> Block {
+  let quad = (p & 7u) + p / (2u * BK) * 8u;
+  let row = min(row0 + quad * 4u, end - 1u);
+  return Block(true, true, quad, (p >> 3u) % (BK / 4u) * 4u, row, row, min(end - 1u - row, 3u));
+}
+
+/// The `p`-th block of x.
+fn block_of_x(p: u32, row0: u32, lora: u32) -> Block {
+  var block = block_of_rows(p, row0, rows.x);
+  block.first = dims.x_offset + block.first * dims.x_stride;
+  block.lora = lora + block.lora * dims.lora_x_stride;
+  return block;
+}
+
+/// Inner steps `k` .. `k` + 3 of 4 rows of x, or of w (nt), continued by those of the adapter up to `inner`, then zero.
+fn load_rows(block: Block, of_x: bool, k: u32, inner: u32) -> array<vec4u, 4> {
+  var raw = array<vec4u, 4>();
+  if (k < dims.k && block.busy) {
+    // unroll
+    for (var i = 0u; i < 4u; i++) {
+      if (of_x) {
+        raw[i] = bitcast<vec4u>(x[(block.first + min(i, block.last) * dims.x_stride + k) >> 2u]);
+      } else {
+        raw[i] = raw4(block.first + min(i, block.last) * dims.w_stride + k);
+      }
+    }
+  } else if (k < inner && block.busy) {
+    // unroll
+    for (var i = 0u; i < 4u; i++) {
+      if (of_x) {
+        raw[i] = bitcast<vec4u>(lora_x[(block.lora + min(i, block.last) * dims.lora_x_stride + k - dims.k) >> 2u]);
+      } else {
+        raw[i] = bitcast<vec4u>(lora_w[(block.lora + min(i, block.last) * dims.lora_w_stride + k - dims.k) >> 2u]);
+      }
+    }
   }
-  if (k < inner) {
-    return bitcast<vec4u>(lora_w[lora_column + (k - dims.k) * (dims.lora_w_stride >> 2u)]);
+  return raw;
+}
+
+/// Four columns of w at inner steps `k` .. `k` + 3 (nn), likewise.
+fn load_columns(block: Block, k: u32, inner: u32) -> array<vec4u, 4> {
+  var raw = array<vec4u, 4>();
+  if (k < dims.k && block.busy) {
+    // unroll
+    for (var i = 0u; i < 4u; i++) {
+      raw[i] = raw4(block.first + (k + i) * dims.w_stride);
+    }
+  } else if (k < inner && block.busy) {
+    // unroll
+    for (var i = 0u; i < 4u; i++) {
+      raw[i] = bitcast<vec4u>(lora_w[(block.lora + (k + i - dims.k) * dims.lora_w_stride) >> 2u]);
+    }
   }
-  return vec4u();
+  return raw;
+}
+
+/// Writes a block of rows to its tile; of w `stored` where it has the type of w.
+fn keep_rows(block: Block, of_x: bool, raw: array<vec4u, 4>, stored: bool) {
+  var a: array<vec4f, 4>;
+  // unroll
+  for (var i = 0u; i < 4u; i++) {
+    a[i] = widen4(raw[i], stored && !of_x);
+  }
+  // unroll
+  for (var s = 0u; s < 4u; s++) {
+    let four = vec4f(a[0][s], a[1][s], a[2][s], a[3][s]);
+    if (of_x) {
+      x_tile[block.k / 8u * (BM / 64u) + block.quad / 16u][(block.k & 4u) + s][block.quad & 15u] = four;
+    } else if (block.busy) {
+      w_tile[block.k / 8u * (BN / 64u) + block.quad / 16u][(block.k & 4u) + s][block.quad & 15u] = four;
+    }
+  }
+}
+
+/// Writes a block of columns of w, likewise.
+fn keep_columns(block: Block, raw: array<vec4u, 4>, stored: bool) {
+  // unroll
+  for (var i = 0u; i < 4u; i++) {
+    if (block.busy) {
+      w_tile[block.k / 8u * (BN / 64u) + block.quad / 16u][(block.k & 4u) + i][block.quad & 15u] = widen4(raw[i], stored);
+    }
+  }
 }
 
 @compute @workgroup_size(256)
@@ -143,47 +194,33 @@ fn nt(
   let tile = tile_of(at.x, BN);
   let row0 = at.y * BM;
   let inner = dims.k + tile.r;
-  let slab = thread >> 6u;
-  let line = thread & 63u;
-  // Past the end the last row and column again: they are computed and not written.
-  let row = min(row0 + thread % BM, rows.x - 1u);
-  let x_row = (dims.x_offset + row * dims.x_stride) >> 2u;
-  let x_lora = (tile.lora_x + row * dims.lora_x_stride) >> 2u;
-  let x_k = thread / BM * 8u;
-  let column = min(tile.column + thread % BN, tile.end - 1u);
-  let w_row = dims.w_offset + column * dims.w_stride;
-  let w_lora = (tile.lora_w + (column - tile.start) * dims.lora_w_stride) >> 2u;
-  let w_k = thread / BN * 8u;
   let quad = quads(thread);
   var c: array<vec4f, 32>;
-  var x_next: array<mat2x4f, 2>;
-  var w_next: array<Raw8, 2>;
+  var blocks: array<Block, 2>;
+  var next: array<array<vec4u, 4>, 2>;
   // unroll
-  for (var u = 0u; u < BM * BK / 2048u; u++) {
-    x_next[u] = load_x(x_row, x_lora, x_k + u * (2048u / BM), inner);
-  }
-  // unroll
-  for (var u = 0u; u < BN * BK / 2048u; u++) {
-    w_next[u] = load_w8(w_row, w_lora, w_k + u * (2048u / BN), inner);
+  for (var u = 0u; u < ((BM + BN) * BK + 4095u) / 4096u; u++) {
+    let p = thread + u * 256u;
+    if (p < BM * BK / 16u) {
+      blocks[u] = block_of_x(p, row0, tile.lora_x);
+    } else {
+      blocks[u] = block_of_rows(p - BM * BK / 16u, tile.column, tile.end);
+      blocks[u].busy = is_block(p);
+      blocks[u].of_x = false;
+      blocks[u].first = dims.w_offset + blocks[u].first * dims.w_stride;
+      blocks[u].lora = tile.lora_w + (blocks[u].lora - tile.start) * dims.lora_w_stride;
+    }
+    next[u] = load_rows(blocks[u], blocks[u].of_x, blocks[u].k, inner);
   }
   for (var step = 0u; step < inner; step += BK) {
     // unroll
-    for (var u = 0u; u < BM * BK / 2048u; u++) {
-      keep_x8(slab + u * 4u, line, x_next[u]);
-    }
-    // unroll
-    for (var u = 0u; u < BN * BK / 2048u; u++) {
-      keep_w8(slab + u * 4u, line, widen8(w_next[u], step + w_k + u * (2048u / BN) < dims.k));
+    for (var u = 0u; u < ((BM + BN) * BK + 4095u) / 4096u; u++) {
+      keep_rows(blocks[u], blocks[u].of_x, next[u], step + blocks[u].k < dims.k);
     }
     workgroupBarrier();
-    let next = step + BK;
     // unroll
-    for (var u = 0u; u < BM * BK / 2048u; u++) {
-      x_next[u] = load_x(x_row, x_lora, next + x_k + u * (2048u / BM), inner);
-    }
-    // unroll
-    for (var u = 0u; u < BN * BK / 2048u; u++) {
-      w_next[u] = load_w8(w_row, w_lora, next + w_k + u * (2048u / BN), inner);
+    for (var u = 0u; u < ((BM + BN) * BK + 4095u) / 4096u; u++) {
+      next[u] = load_rows(blocks[u], blocks[u].of_x, step + BK + blocks[u].k, inner);
     }
     multiply(&c, quad);
     workgroupBarrier();
@@ -201,50 +238,46 @@ fn nn(
   let row0 = at.y * BM;
   let column0 = at.x * BN;
   let inner = dims.k + dims.r0;
-  let slab = thread >> 6u;
-  let line = thread & 63u;
-  let row = min(row0 + thread % BM, rows.x - 1u);
-  let x_row = (dims.x_offset + row * dims.x_stride) >> 2u;
-  let x_lora = (dims.lora_x0 + row * dims.lora_x_stride) >> 2u;
-  let x_k = thread / BM * 8u;
-  // Of w a thread loads one quad of columns at several inner steps.
-  let w_quad = thread % (BN / 4u);
-  let w_k = thread / (BN / 4u);
-  let w_slab = w_k / 8u * (BN / 64u) + w_quad / 16u;
-  let column = min(column0 + w_quad * 4u, dims.n - 4u);
-  let w_column = dims.w_offset + column;
-  let w_lora = (dims.lora_w0 + column) >> 2u;
   let quad = quads(thread);
   var c: array<vec4f, 32>;
-  var x_next: array<mat2x4f, 2>;
-  var w_next: array<vec4u, 4>;
+  var blocks: array<Block, 2>;
+  var next: array<array<vec4u, 4>, 2>;
   // unroll
-  for (var u = 0u; u < BM * BK / 2048u; u++) {
-    x_next[u] = load_x(x_row, x_lora, x_k + u * (2048u / BM), inner);
-  }
-  // unroll
-  for (var u = 0u; u < BN * BK / 1024u; u++) {
-    w_next[u] = load_w4(w_column, w_lora, w_k + u * (1024u / BN), inner);
+  for (var u = 0u; u < ((BM + BN) * BK + 4095u) / 4096u; u++) {
+    let p = thread + u * 256u;
+    if (p < BM * BK / 16u) {
+      blocks[u] = block_of_x(p, row0, dims.lora_x0);
+    } else {
+      // Neighbours read one inner step of w.
+      let of_w = p - BM * BK / 16u;
+      let columns = of_w % (BN / 4u);
+      let column = min(column0 + columns * 4u, dims.n - 4u);
+      let k = of_w / (BN / 4u) * 4u;
+      blocks[u] = Block(is_block(p), false, columns, k, dims.w_offset + column, dims.lora_w0 + column, 0u);
+    }
+    if (blocks[u].of_x) {
+      next[u] = load_rows(blocks[u], true, blocks[u].k, inner);
+    } else {
+      next[u] = load_columns(blocks[u], blocks[u].k, inner);
+    }
   }
   for (var step = 0u; step < inner; step += BK) {
     // unroll
-    for (var u = 0u; u < BM * BK / 2048u; u++) {
-      keep_x8(slab + u * 4u, line, x_next[u]);
-    }
-    // unroll
-    for (var u = 0u; u < BN * BK / 1024u; u++) {
-      let value = widen4(w_next[u], step + w_k + u * (1024u / BN) < dims.k);
-      w_tile[w_slab + u * 2u][w_k & 7u][w_quad & 15u] = value;
+    for (var u = 0u; u < ((BM + BN) * BK + 4095u) / 4096u; u++) {
+      if (blocks[u].of_x) {
+        keep_rows(blocks[u], true, next[u], true);
+      } else {
+        keep_columns(blocks[u], next[u], step + blocks[u].k < dims.k);
+      }
     }
     workgroupBarrier();
-    let next = step + BK;
     // unroll
-    for (var u = 0u; u < BM * BK / 2048u; u++) {
-      x_next[u] = load_x(x_row, x_lora, next + x_k + u * (2048u / BM), inner);
-    }
-    // unroll
-    for (var u = 0u; u < BN * BK / 1024u; u++) {
-      w_next[u] = load_w4(w_column, w_lora, next + w_k + u * (1024u / BN), inner);
+    for (var u = 0u; u < ((BM + BN) * BK + 4095u) / 4096u; u++) {
+      if (blocks[u].of_x) {
+        next[u] = load_rows(blocks[u], true, step + BK + blocks[u].k, inner);
+      } else {
+        next[u] = load_columns(blocks[u], step + BK + blocks[u].k, inner);
+      }
     }
     multiply(&c, quad);
     workgroupBarrier();

@@ -17,7 +17,6 @@ const BF16 = 2u;
 override LANES: u32;
 override TYPE: u32 = 0u;
 override BLOCK_SHIFT: u32 = 6u; // log2 of the block size
-override BY_HAND: u32 = 0u; // 1: 16-bit floats by integer arithmetic, where a driver takes twice as much of it for pack2x16float
 const WIDE = 1u; // words that are loaded at once, and vec4f that are stored at once
 
 struct Dims {
@@ -38,10 +37,8 @@ fn pack(v: vec2f) -> u32 {
     let rounded = (bits + 0x7fffu + ((bits >> vec2u(16u)) & vec2u(1u))) >> vec2u(16u);
     return rounded.x | (rounded.y << 16u);
   }
-  if (BY_HAND == 0u) {
-    return pack2x16float(v);
-  }
-  // Adding 1/2 rounds what is too small for a full exponent; finite numbers that are too large become infinite.
+  // Not pack2x16float: how that rounds is left to the driver, and a CPU driver takes twice as long for it. Adding 1/2 rounds
+  // what is too small for a full exponent; finite numbers that are too large become infinite.
   let bits = bitcast<vec2u>(v);
   let size = bits & vec2u(0x7fffffffu);
   let full = min((size + 0xc8000fffu + ((size >> vec2u(13u)) & vec2u(1u))) >> vec2u(13u), vec2u(0x7c00u));

@@ -38,7 +38,7 @@ npm_install() {
 # have put it where the caller's shell does not look, so that is searched too.
 global=$(npm prefix -g 2>/dev/null || true)
 own="${HOME:-}/.local"
-PATH="$PATH:${global:-/usr/local}/bin:$own/bin"
+PATH="$PATH:${global:+$global/bin:}$own/bin"
 if command -v deno >/dev/null 2>&1; then
   version=$(deno --version 2>/dev/null | head -n 1)
   [ -n "$version" ] || fail "$(command -v deno) does not run: run \"npm install -g deno@$deno_version\" to replace it"

@@ -99,7 +99,9 @@ function gpuShape(gpu: Gpu, columns: number, entry: Entry): Shape & { readonly L
     const fits = columns % parts === 0 && held * rows * columns / parts <= 32 && slots * GPU_LANES * 16 <= most;
     if (fits) return { ROWS: rows, PARTS: parts, SHARE: share, SOME: some, LANE_SLOTS: slots };
   }
+  const width = 4 * columns;
   throw new RangeError(
-    `Cannot attend with heads of ${4 * columns} columns: ${most} bytes of workgroup memory are too few`,
+    `Cannot attend with heads of ${width} columns on this GPU: no share of them fits a lane's registers and ${most} bytes of ` +
+      "workgroup memory",
   );
 }

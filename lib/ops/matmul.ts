@@ -158,7 +158,7 @@ export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
         rows: p.rows.buffer,
         x: p.x.tensor,
         w: p.w.tensor,
-        ...(entry === "nt" || gpu.lanes === "subgroup" ? {} : { w_half: p.w.tensor }),
+        ...(gpu.lanes === "subgroup" || (entry === "nt" && tile === "narrow") ? {} : { w_half: p.w.tensor }),
         ...(entry === "tn" ? {} : { lora_x: lora?.x.tensor ?? nothing, lora_w: lora?.w ?? nothing }),
         add: p.plus && p.plus !== "out" ? p.plus : nothing,
         out: p.out.tensor,

@@ -27,7 +27,6 @@ export function createNf4(gpu: Gpu, code: Float32Array<ArrayBuffer>) {
           LANES,
           TYPE: FLOAT_TYPE[t.out.dtype]!,
           BLOCK_SHIFT: Math.log2(t.blocksize),
-          BY_HAND: gpu.lanes === "subgroup" ? 1 : 0,
         },
         bind: { code: table, codes: t.codes, absmax: t.absmax, out: t.out },
         dims: { count: t.count },

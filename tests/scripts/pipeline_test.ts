@@ -181,7 +181,7 @@ Deno.test(
 
       const answer = await attempt(dir, "ask", "Why? --greedy --max-new-tokens 4");
       assertEquals([answer.code, answer.err], [0, ""], answer.out);
-      assertStringIncludes(answer.out, "4 tokens in ");
+      assertStringIncludes(answer.out, "4 tokens, the first after ");
 
       const upload = await stage(dir, "08_upload", "--dry-run");
       assertEquals([upload.numbers.dry_run, upload.numbers.sent_bytes], [true, 0]);
