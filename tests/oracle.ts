@@ -21,7 +21,7 @@ const opt = flags(import.meta, {
   work: unset, // folder for the artifacts; a temporary one unless given
   keep: false, // leave the temporary folder
   out: unset, // FILE for the checks as JSON
-});
+}, { stage: false });
 
 /** One measurement, passed at `bound` or below; without a bound it is told and not judged. */
 interface Check {

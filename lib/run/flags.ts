@@ -168,7 +168,7 @@ export function parseFlags<const T extends Readonly<Record<string, unknown>>>(
   for (const [key, standard] of Object.entries(all)) {
     result[key] = key === "recipe" ? recipe : convert(kebab(key), texts.get(key), standard, recipe);
   }
-  if (result.out === "") throw ill("out", "", "a folder's name");
+  if (texts.get("out") === "") throw ill("out", "", "a folder's name");
   const made = result.asMade ? options.made?.(result.out as string, recipe) ?? {} : {};
   for (const key of Object.keys(defaults)) {
     const words = choiceWords(defaults[key], recipe), value = made[key];
