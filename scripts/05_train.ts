@@ -78,7 +78,9 @@ const { mode } = readJsonObject(`${opt.model}/load.json`) as { mode: "qlora" | "
 const reads = [opt.model, opt.dataset, ...(mode === "full" ? [] : [opt.adapter])];
 const finished = readManifest(opt.out) !== undefined; // its checkpoints are of a run that is over
 const { resume, loggingSteps, profile, ...recorded } = opt; // these change nothing of what is learnt
-const stage = await beginStage("05_train", recorded, { reads });
+// A run that is over is up to date, unless it is to be done once more.
+const again = opt.force || !resume || profile > 0;
+const stage = await beginStage("05_train", { ...recorded, force: again }, { reads });
 const config = readConfig(opt.model);
 const reader = {
   model: opt.model,

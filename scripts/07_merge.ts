@@ -19,7 +19,7 @@ import { logitsOf } from "../lib/model/llama.ts";
 import { checkLogits, largestDifference, mergeModel } from "../lib/model/merge.ts";
 import { isQuantized } from "../lib/model/quantized.ts";
 import { choice, flags } from "../lib/run/flags.ts";
-import { beginStage } from "../lib/run/manifest.ts";
+import { beginStage, readManifest } from "../lib/run/manifest.ts";
 import { bytes, progress, table } from "../lib/run/print.ts";
 
 const opt = flags(import.meta, {
@@ -32,7 +32,9 @@ const opt = flags(import.meta, {
 });
 
 // 1. What there is to merge: when stage 05 trained all weights, it left a whole model.
-const whole = [opt.adapter, opt.adapter.replace(/[^/]+$/, "model")].find((dir) => exists(`${dir}/config.json`));
+const whole = [opt.adapter, opt.adapter.replace(/[^/]+$/, "model")].find((dir) =>
+  exists(`${dir}/config.json`) && readManifest(dir.replace(/\/?[^/]+$/, ""))?.numbers.mode === "full"
+);
 if (whole !== undefined && !exists(`${opt.adapter}/adapter_config.json`)) {
   const stage = await beginStage("07_merge", opt, { reads: [whole] });
   stage.clear(); // what an earlier merge left is not of this model

@@ -17,7 +17,7 @@ import { loadTokenizer, streamDecoder } from "../lib/data/tokenizer.ts";
 import { readConfig } from "../lib/model/config.ts";
 import { createGenerator } from "../lib/model/generate.ts";
 import { checkSampling } from "../lib/model/sample.ts";
-import { byRecipe, flags, unset } from "../lib/run/flags.ts";
+import { byRecipe, checkNumbers, flags, unset } from "../lib/run/flags.ts";
 import { readManifest, sha256File } from "../lib/run/manifest.ts";
 import { count, dim, duration, printable } from "../lib/run/print.ts";
 
@@ -33,6 +33,7 @@ const opt = flags(import.meta, {
   maxNewTokens: 300, // length of the answer at most
   seed: byRecipe({ tiny: 42, blog: 3407 }), // of the draws
 }, { positional: true, stage: false });
+checkNumbers(opt, { whole: { maxNewTokens: 1, seed: 0 } });
 checkSampling(opt);
 const question = opt._.join(" ");
 if (question.trim() === "") {

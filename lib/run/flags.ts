@@ -192,9 +192,13 @@ export function checkNumbers<T extends Readonly<Record<string, unknown>>>(
 ): void {
   for (const [key, least] of Object.entries({ ...whole, ...real })) {
     const value = opt[key] as number;
-    if (value >= least && (key in real || Number.isInteger(value))) continue;
-    const wanted = key in real ? "a number" : "a whole number";
-    throw new RangeError(`Cannot use --${kebab(key)} ${value}: ${wanted} of at least ${least} is wanted`);
+    if (value >= least && (key in real || Number.isSafeInteger(value))) continue;
+    const wanted = key in real ? "a number" : "a whole number", most = value > least && Number.isInteger(value);
+    throw new RangeError(
+      `Cannot use --${kebab(key)} ${value}: ${wanted} of at least ${least} is wanted${
+        most ? ", and less than 2^53" : ""
+      }`,
+    );
   }
   for (const [key, bound] of Object.entries(below)) {
     if ((opt[key] as number) < (bound as number)) continue;

@@ -93,6 +93,7 @@ export async function beginStage(
     const state = `"${other}" was made with --recipe ${recipeOf(other)}, ${name} runs with --recipe ${opt.recipe}`;
     console.error(`Note: ${state}: RECIPE=blog deno task train gives every stage the same`);
   }
+  for (const line of staleness(inputs)) console.error(`Note: ${line}`);
   return {
     out,
     reads,
@@ -174,7 +175,10 @@ const STAGES = "01_convert|02_load|03_dataset|04_lora|05_train|06_evaluate|07_me
 export function checkInput(path: string, { out }: { readonly out?: string } = {}): void {
   const [, named, stage] = new RegExp(`^((?:.*/)?(${STAGES}))(?:/|$)`).exec(path) ?? [];
   const run = (stage: string) => `run "deno task ${stage.slice(0, 2)}" first`;
-  if (!exists(path)) throw new Error(`Cannot read "${path}": ${stage ? run(stage) : "no such file or folder"}`);
+  if (!exists(path)) {
+    const made = stage === undefined || exists(`${named}/${MANIFEST}`);
+    throw new Error(`Cannot read "${path}": ${made ? "no such file or folder" : run(stage!)}`);
+  }
   if (path.includes(`/${CHECKPOINTS}/`)) return;
   const locked = parents(path).find((dir) => lockedBy(dir) !== undefined), folder = locked ?? named;
   if (folder === undefined || folder === out || exists(`${folder}/${MANIFEST}`)) return;
@@ -212,6 +216,27 @@ function addUpstream(path: string, known: Map<string, FileRecord>): void {
   const dir = stageFolder(path);
   if (dir === undefined) return;
   for (const record of readManifest(dir)?.writes ?? []) known.set(`${dir}/${record.path}`, record);
+}
+
+/** One line for each stage behind `paths` that read another file than an earlier stage has written since. */
+function staleness(paths: readonly string[]): string[] {
+  const lines: string[] = [], seen = new Set<string>();
+  const visit = (path: string) => {
+    const dir = stageFolder(path);
+    if (dir === undefined || seen.has(dir)) return;
+    seen.add(dir);
+    const { script, reads } = readManifest(dir)!;
+    const changed = reads.find((read) => {
+      const from = stageFolder(read.path);
+      const now = from && readManifest(from)!.writes.find((write) => `${from}/${write.path}` === read.path);
+      return now && now.sha256 !== read.sha256;
+    });
+    const remedy = `run "deno task ${script.slice(0, 2)}" to make it again`;
+    if (changed) lines.push(`"${dir}" was made from another "${changed.path}" than there is now: ${remedy}`);
+    for (const read of reads) visit(read.path);
+  };
+  for (const path of paths) visit(path);
+  return lines;
 }
 
 /** The recipe that `path` was made with, if a stage made it. */

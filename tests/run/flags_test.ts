@@ -156,6 +156,7 @@ Deno.test("checkNumbers() refuses numbers below their least and halves where who
     "--batch-size 4: a whole number of at",
   );
   assertThrows(() => checkNumbers(opt, { whole: { epochs: 0 } }), RangeError, "--epochs 0.5: a whole number");
+  assertThrows(() => checkNumbers({ seed: 1e20 }, { whole: { seed: 0 } }), RangeError, "is wanted, and less than 2^53");
   assertThrows(() => checkNumbers(opt, { real: { epochs: 1 } }), RangeError, "--epochs 0.5: a number of at least 1");
   checkNumbers(opt, { below: { epochs: 1 } });
   assertThrows(() => checkNumbers(opt, { below: { epochs: 0.5 } }), RangeError, "--epochs 0.5: a number below 0.5 is");

@@ -228,6 +228,19 @@ Deno.test("a stage says in one line that an input was made with another recipe",
     assertEquals([code, err], [0, said]);
   }));
 
+Deno.test("a stage says in one line which of the stages behind its input is no longer of what is there", () =>
+  onBench(async ({ run, write }) => {
+    const first = "--out artifacts/01_first --name 01_first";
+    const second = "--source artifacts/01_first --out artifacts/02_second --name 02_second";
+    for (const line of [first, second, "--source artifacts/02_second"]) assertEquals((await run(line)).err, "", line);
+    write("in/a.txt", "changed");
+    assertEquals((await run(first)).err, "");
+    const { code, err } = await run("--source artifacts/02_second --force");
+    const stale = '"artifacts/02_second" was made from another "artifacts/01_first/a.txt" than there is now';
+    assertEquals([code, err], [0, `Note: ${stale}: run "deno task 02" to make it again\n`]);
+    for (const line of [second, "--source artifacts/02_second"]) assertEquals((await run(line)).err, "", line);
+  }));
+
 Deno.test("a stage that fails after a checkpoint or is killed leaves no manifest, and the next run does all of it", () =>
   onBench(async ({ dir, start, run, files }) => {
     assertEquals((await run()).code, 0);
@@ -306,6 +319,9 @@ Deno.test("a missing or unfinished input says what makes it", () =>
     await refused("nowhere", '"nowhere": no such file or folder');
     await refused("artifacts/02_load", '"artifacts/02_load": run "deno task 02" first');
     await refused("artifacts/05_train/adapter", '"artifacts/05_train/adapter": run "deno task 05" first');
+    write("artifacts/05_train/manifest.json", "{}");
+    await refused("artifacts/05_train/adapter", '"artifacts/05_train/adapter": no such file or folder');
+    Deno.removeSync(`${dir}/artifacts/05_train`, { recursive: true });
     write("artifacts/02_load/model.safetensors", "half of it");
     const unfinished = '"artifacts/02_load" has no manifest.json, so it is unfinished: run "deno task 02" first';
     await refused("artifacts/02_load", `"artifacts/02_load": ${unfinished}`);

@@ -179,6 +179,11 @@ Deno.test(
       assertLess(merged.max_logit_difference!, 1e-4 * merged.largest_logit!);
       assertGreater(merged.adapter_effect!, 0.1);
 
+      // A folder that is no adapter is not taken for a model that was trained as a whole: the merge stays.
+      const wrong = await attempt(dir, "07_merge", "--adapter artifacts/02_load");
+      assertRefused(wrong, /^Cannot read "artifacts\/02_load\/adapter_config.json": no such file/m);
+      assert(exists(at("07_merge/merged_model/model.safetensors")) && exists(at("07_merge/manifest.json")));
+
       const answer = await attempt(dir, "ask", "Why? --greedy --max-new-tokens 4");
       assertEquals([answer.code, answer.err], [0, ""], answer.out);
       assertStringIncludes(answer.out, "4 tokens, the first after ");
