@@ -173,6 +173,7 @@ while (step < totalSteps) {
 // 5. The result: the best parameters of the run, or the last.
 const target = `${opt.out}/${mode === "full" ? "model" : "adapter"}`;
 await removeIfThere(target);
+if (opt.loadBest && adapter) readAdapter(`${checkpoints}/best`, config); // throws where it is damaged
 if (opt.loadBest) await copyFolder(`${checkpoints}/best`, target);
 else await saveTrained(trainer.llama, { dir: target, model: opt.model, lora: adapter?.lora });
 await log.writeReport(opt.out, {
