@@ -32,10 +32,10 @@ const opt = flags(import.meta, {
 });
 
 // 1. What there is to merge: when stage 05 trained all weights, it left a whole model.
-const whole = [opt.adapter, opt.adapter.replace(/[^/]+$/, "model")].find((dir) =>
-  exists(`${dir}/config.json`) && readManifest(dir.replace(/\/?[^/]+$/, ""))?.numbers.mode === "full"
-);
-if (whole !== undefined && !exists(`${opt.adapter}/adapter_config.json`)) {
+const folder = opt.adapter.replace(/\/?[^/]+$/, ""), full = readManifest(folder)?.numbers.mode === "full";
+const candidates = exists(opt.adapter) ? full ? [opt.adapter] : [] : [opt.adapter.replace(/[^/]+$/, "model")];
+const whole = candidates.find((dir) => exists(`${dir}/config.json`));
+if (whole !== undefined) {
   const stage = await beginStage("07_merge", opt, { reads: [whole] });
   stage.clear(); // what an earlier merge left is not of this model
   console.log(`There is nothing to merge: all weights were trained, and the model is in "${whole}"`);
