@@ -20,6 +20,7 @@ const opt = flags(import.meta, {
   python: unset, // a Python that has the libraries
   work: unset, // folder for the artifacts; a temporary one unless given
   keep: false, // leave the temporary folder
+  force: false, // run the stages again that --work has
   out: unset, // FILE for the checks as JSON
 }, { stage: false });
 
