@@ -8,9 +8,7 @@
 //   add, out              f32, `offset` and `stride` multiples of 8
 //   w                     f32, f16 or bf16 (W_TYPE), row-major with w_stride
 //   lora_w                f32; nt: of each segment [columns, r], nn: [r, columns]
-//   rows.x                rows of x and out (nt, nn), or of x and w (tn)
 //   sizes                 k, n, r multiples of 8; in tn the m columns of x too
-//   segments (nt)         columns [0, end0), [end0, end1), [end1, n) with LoRA operands of their own
 //   PART                  lanes that stand beside each other in a row of the result; the other lanes have rows of their own
 //   grid                  [column tiles, row tiles], or with DOWN [row tiles, column tiles]; a tile is one subgroup, 4 · PART
 //                         columns by HIGH · LANES / PART rows
@@ -18,13 +16,6 @@
 // A lane holds 4 columns of HIGH rows. It loads rows of x for the others of its part and hands them on by shuffles whose
 // lanes the driver knows when it compiles. A round of the loop takes 8 inner steps, four at a time: so many weights stay in
 // registers, and a loop that is any longer no longer fits the instruction cache.
-
-const F32 = 0u;
-const F16 = 1u;
-const BF16 = 2u;
-const NONE = 0u; // out is overwritten
-const ADD = 1u; // out = product + add
-const OUT = 2u; // out += product
 
 override LANES: u32 = 8u;
 override PART: u32 = 8u;
@@ -35,34 +26,6 @@ override LORA: u32 = 0u; // 1: the product has a low-rank term
 override PLUS: u32 = 0u;
 override DOWN: u32 = 0u; // 1: tiles are run down the columns of the result, not along its rows
 
-struct Dims {
-  m: u32,
-  n: u32,
-  k: u32,
-  x_offset: u32,
-  x_stride: u32,
-  w_offset: u32,
-  w_stride: u32,
-  out_offset: u32,
-  out_stride: u32,
-  lora_x_stride: u32,
-  lora_w_stride: u32,
-  end0: u32,
-  end1: u32,
-  lora_x0: u32,
-  lora_x1: u32,
-  lora_x2: u32,
-  lora_w0: u32,
-  lora_w1: u32,
-  lora_w2: u32,
-  r0: u32,
-  r1: u32,
-  r2: u32,
-  scale: f32,
-}
-
-@group(0) @binding(0) var<uniform> rows: vec4u;
-@group(0) @binding(1) var<uniform> dims: Dims;
 // image
 @group(0) @binding(2) var<storage, read> x: array<vec4f>;
 // image
@@ -164,35 +127,10 @@ fn put(row: u32, high: u32, column: u32, end: u32, lane: u32, first: vec4f, seco
   out[i] = eight(left, right);
 }
 
-/// A column tile of a segment, and the segment's LoRA operands.
-struct Tile {
-  column: u32,
-  start: u32,
-  end: u32,
-  lora_x: u32,
-  lora_w: u32,
-  r: u32,
-}
-
-/// Segments are tiled apart, so that no tile crosses from one into the next.
-fn tile_of(index: u32) -> Tile {
-  let wide = 4u * PART;
-  let tiles0 = (dims.end0 + wide - 1u) / wide;
-  let tiles1 = (dims.end1 - dims.end0 + wide - 1u) / wide;
-  if (index < tiles0) {
-    return Tile(index * wide, 0u, dims.end0, dims.lora_x0, dims.lora_w0, dims.r0);
-  }
-  if (index < tiles0 + tiles1) {
-    return Tile(dims.end0 + (index - tiles0) * wide, dims.end0, dims.end1, dims.lora_x1, dims.lora_w1, dims.r1);
-  }
-  let column = dims.end1 + (index - tiles0 - tiles1) * wide;
-  return Tile(column, dims.end1, dims.n, dims.lora_x2, dims.lora_w2, dims.r2);
-}
-
 @compute @workgroup_size(LANES)
 fn nt(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane: u32) {
   let place = select(group.xy, group.yx, DOWN == 1u);
-  let tile = tile_of(place.x);
+  let tile = tile_of(place.x, 4u * PART);
   let own = lane / PART * PART;
   let row0 = place.y * (32u * LANES / PART) + lane / PART * 32u;
   let last = rows.x - 1u;

@@ -5,7 +5,7 @@
 import type { Gpu } from "../gpu/device.ts";
 import { type Dispatch, Kernel } from "../gpu/kernel.ts";
 import { createTensor, FLOAT_TYPE } from "../gpu/tensor.ts";
-import { operandsSource, plusOf, type Product, productDims } from "./matmul_operands.ts";
+import { operandsSource, type Product, productDims, sizesSource } from "./matmul_operands.ts";
 import narrowSource from "../../kernels/matmul_narrow.wgsl" with { type: "text" };
 import subgroupSource from "../../kernels/matmul_subgroup.wgsl" with { type: "text" };
 import tiledSource from "../../kernels/matmul_tiled.wgsl" with { type: "text" };
@@ -91,7 +91,7 @@ export function tileName(tile: Tile): string {
 /** The forms for this device. */
 function formsOf(gpu: Gpu): ChooseForm {
   if (gpu.lanes === "subgroup") {
-    const kernel = new Kernel(gpu, "matmul_subgroup", subgroupSource), lanes = gpu.subgroup;
+    const kernel = new Kernel(gpu, "matmul_subgroup", `${subgroupSource}\n${sizesSource}`), lanes = gpu.subgroup;
     return (entry, rows, columns, _tile, inner) => {
       // Up to 16 columns more than full tiles: half as wide tiles waste less than they cost. So do half as high ones in tn,
       // and quarters for 8 columns.
@@ -141,7 +141,6 @@ export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
   };
   const recordTile = (entry: "nt" | "nn" | "tn", p: Product, tile: Tile): Dispatch => {
     const { n, m = 0, lora } = p, dims = productDims(entry, p, unit), { k, end0, end1 } = dims;
-    const plus = plusOf(p);
     const most = p.out.tensor.shape[0]!, inner = entry === "tn" ? p.x.tensor.shape[0]! : k;
     const { kernel, constants, high, wide, down } = formOf(entry, entry === "tn" ? m : most, n, tile, inner);
     const columns = entry === "nt"
@@ -152,7 +151,7 @@ export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
         ...constants,
         W_TYPE: FLOAT_TYPE[p.w.tensor.dtype]!,
         // Base weights of 16 bits mostly have an adapter: then the head needs no kernel of its own, a second of compiling.
-        ...(gpu.lanes === "subgroup" ? { PLUS: plus, LORA: lora || p.w.tensor.dtype !== "f32" ? 1 : 0 } : {}),
+        ...(gpu.lanes === "subgroup" ? { PLUS: dims.plus, LORA: lora || p.w.tensor.dtype !== "f32" ? 1 : 0 } : {}),
       },
       bind: {
         rows: p.rows.buffer,
@@ -163,7 +162,7 @@ export function createMatmul(gpu: Gpu, choose = chooseTile): Matmul {
         add: p.plus && p.plus !== "out" ? p.plus : nothing,
         out: p.out.tensor,
       },
-      dims: { ...dims, ...(gpu.lanes === "subgroup" ? {} : { plus }) },
+      dims,
       grid: () => {
         const rows = tiles(entry === "tn" ? m : p.rows.count, high);
         return down ? [rows, columns, 1] : [columns, rows, 1];

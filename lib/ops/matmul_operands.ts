@@ -1,13 +1,17 @@
 /**
  * The operands of matrix products as matmul.ts and matvec.ts take them, and how they reach a kernel: the fields of `Dims` in
- * matmul_operands.wgsl and matmul_subgroup.wgsl.
+ * matmul_sizes.wgsl.
  */
 import type { Rows } from "../gpu/kernel.ts";
 import { FLOAT_TYPE, type Tensor } from "../gpu/tensor.ts";
-import operandsSource from "../../kernels/matmul_operands.wgsl" with { type: "text" };
+import operandsSnippet from "../../kernels/matmul_operands.wgsl" with { type: "text" };
+import sizesSource from "../../kernels/matmul_sizes.wgsl" with { type: "text" };
 
-/** To be appended to a kernel for such operands. */
-export { operandsSource };
+/** To be appended to a kernel of products that declares its own operands. */
+export { sizesSource };
+
+/** To be appended to the other kernels of products. */
+export const operandsSource = `${operandsSnippet}\n${sizesSource}`;
 
 /** Columns `[offset, offset + …)` of rows that are `stride` elements apart; both default to the whole tensor. */
 export interface Operand {
@@ -52,11 +56,6 @@ export interface Product {
   readonly plus?: Tensor | "out" | undefined;
 }
 
-/** What happens to what `out` held: nothing of it stays (0), `plus` is added to the product (1), or the product to it (2). */
-export function plusOf({ plus }: Product): 0 | 1 | 2 {
-  return plus === "out" ? 2 : plus ? 1 : 0;
-}
-
 type Entry = "nt" | "nn" | "tn";
 
 /**
@@ -65,7 +64,7 @@ type Entry = "nt" | "nn" | "tn";
  */
 export function productDims(entry: Entry, product: Product, unit: number) {
   check(entry, product, unit);
-  const { x, w, out, n, k = 0, m = 0, scale = 1, lora } = product, segments = lora?.segments ?? [];
+  const { x, w, out, n, k = 0, m = 0, scale = 1, lora, plus } = product, segments = lora?.segments ?? [];
   const end0 = segments[0]?.columns ?? n, end1 = end0 + (segments[1]?.columns ?? n - end0);
   const stride = (o: Operand) => o.stride ?? o.tensor.shape.at(-1)!;
   const [s0, s1, s2] = [0, 1, 2].map((i) => segments[i] ?? { r: 0, x: 0, w: 0 }) as [Lane, Lane, Lane];
@@ -93,6 +92,8 @@ export function productDims(entry: Entry, product: Product, unit: number) {
     r1: s1.r,
     r2: s2.r,
     scale,
+    // What happens to what `out` held: nothing of it stays, `plus` is added to the product, or the product to it.
+    plus: plus === "out" ? 2 : plus ? 1 : 0,
   };
 }
 

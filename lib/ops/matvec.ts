@@ -5,7 +5,7 @@
 import type { Gpu } from "../gpu/device.ts";
 import { type Dispatch, Kernel, laneCount } from "../gpu/kernel.ts";
 import { createTensor, FLOAT_TYPE } from "../gpu/tensor.ts";
-import { operandsSource, plusOf, type Product, productDims } from "./matmul_operands.ts";
+import { operandsSource, type Product, productDims } from "./matmul_operands.ts";
 import source from "../../kernels/matvec.wgsl" with { type: "text" };
 
 /** Rows that should share each weight where there are `count` of them: a power of two up to what the device holds. */
@@ -36,7 +36,7 @@ export function createMatvec(gpu: Gpu, { block }: { block: number }) {
           add: p.plus && p.plus !== "out" ? p.plus : nothing,
           out: p.out.tensor,
         },
-        dims: { ...dims, plus: plusOf(p) },
+        dims,
         grid: () => [Math.ceil(p.rows.count / block), Math.ceil(p.n / wide), 1],
       });
     },

@@ -1,7 +1,7 @@
 /** What becomes of the operands of a product, and which are refused; tensors are described alone. */
 import { assertEquals, assertThrows } from "@std/assert";
 import { FLOAT_TYPE, type Storage, type Tensor } from "../../lib/gpu/tensor.ts";
-import { type LoraOperands, plusOf, type Product, productDims } from "../../lib/ops/matmul_operands.ts";
+import { type LoraOperands, type Product, productDims } from "../../lib/ops/matmul_operands.ts";
 
 function tensor(name: string, dtype: Storage = "f32"): Tensor {
   const buffer = {} as GPUBuffer;
@@ -47,14 +47,12 @@ Deno.test("productDims() refuses what kernels cannot load", () => {
   assertEquals(productDims("nt", { ...product, n: 4 }, 4).n, 4);
 });
 
-Deno.test("plusOf() and FLOAT_TYPE speak the kernels' numbers", () => {
-  assertEquals([plusOf(product), plusOf({ ...product, plus: x.tensor }), plusOf({ ...product, plus: "out" })], [
-    0,
-    1,
-    2,
-  ]);
-  const source = Deno.readTextFileSync(new URL("../../kernels/matmul_operands.wgsl", import.meta.url));
-  for (const [name, value] of Object.entries(FLOAT_TYPE)) {
+Deno.test("productDims().plus and FLOAT_TYPE speak the kernels' numbers", () => {
+  const plus = [undefined, x.tensor, "out"] as const;
+  assertEquals(plus.map((plus) => productDims("nt", { ...product, plus }, 8).plus), [0, 1, 2]);
+  const source = Deno.readTextFileSync(new URL("../../kernels/matmul_sizes.wgsl", import.meta.url));
+  const names = Object.entries({ ...FLOAT_TYPE, none: 0, add: 1, out: 2 });
+  for (const [name, value] of names) {
     assertEquals(new RegExp(`^const ${name.toUpperCase()} = (\\d)u;`, "m").exec(source)?.[1], `${value}`);
   }
 });
