@@ -41,14 +41,15 @@ export interface Rows {
 export function createRows(gpu: Gpu, name: string): Rows {
   const usage = GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST;
   const buffer = gpu.device.createBuffer({ label: name, size: 16, usage });
-  let rows = 0;
+  let rows = 0, start = 0;
   return {
     buffer,
     get count() {
       return rows;
     },
     set(count, first = 0) {
-      rows = count;
+      if (count === rows && first === start) return;
+      [rows, start] = [count, first];
       gpu.queue.writeBuffer(buffer, 0, new Uint32Array([count, first, 0, 0]));
     },
   };
