@@ -45,7 +45,7 @@ const opt = flags(import.meta, {
   dropUnlearnt: false, // leave rows without a learnt token out instead of stopping
   limit: 0, // records of each split; 0 for all
   hubUrl: unset, // another hub than huggingface.co, for hf: sources
-}, { renamed: { maxLength: "maxSeqLength", packingStrategy: "packing" } });
+}, { aliases: { maxLength: "maxSeqLength", packingStrategy: "packing" } });
 checkNumbers(opt, { whole: { maxSeqLength: 2, limit: 0 } });
 const templateFile = [unset, "tokenizer"].includes(opt.template) ? "" : opt.template;
 const needed = `${opt.tokenizer}/tokenizer.json`, modelFile = `${opt.tokenizer}/config.json`;
@@ -143,14 +143,14 @@ function readTemplateText(): string {
 }
 
 function encodeAll(split: Split): Example[] {
-  const bar = progress(`Tokenise ${split}`, records[split].length);
+  const bar = progress(`Tokenize ${split}`, records[split].length);
   const encode = (record: SftRecord, i: number) => {
     bar.tick(i);
     try {
       return encodeRecord(record, { tokenizer, template, loss: opt.loss, escape: !opt.parseSpecial });
     } catch (error) {
       const { message } = error as Error;
-      throw new Error(`Cannot tokenise ${placeOf(record)}: ${message.replace(/^C/, "c")}`, { cause: error });
+      throw new Error(`Cannot tokenize ${placeOf(record)}: ${message.replace(/^C/, "c")}`, { cause: error });
     }
   };
   const examples = records[split].map(encode);

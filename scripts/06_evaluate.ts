@@ -19,15 +19,16 @@ import { bootstrapDifference, measurePerplexity, type Perplexity } from "../lib/
 import { tileRows } from "../lib/model/tiles.ts";
 import { checkSampling } from "../lib/model/sample.ts";
 import { openCache } from "../lib/run/cache.ts";
-import { byRecipe, checkNumbers, flags, unset } from "../lib/run/flags.ts";
-import { beginStage, readManifest, writeAtomic } from "../lib/run/manifest.ts";
+import { byRecipe, checkNumbers, flags, givenFlags, unset } from "../lib/run/flags.ts";
+import { beginStage, writeAtomic } from "../lib/run/manifest.ts";
 import { count, percent, progress, table } from "../lib/run/print.ts";
 import { barChart, histogram, writeReport } from "../lib/run/report.ts";
+import { checkNotMerged, type Trained, trainedAt } from "../lib/run/trained.ts";
 
 const opt = flags(import.meta, {
   model: "artifacts/02_load", // the base
   adapter: "artifacts/05_train/adapter",
-  tuned: unset, // a whole model instead of the adapter: artifacts/05_train/model, where 05 trained all weights
+  tuned: unset, // a whole model instead of the adapter; where 05 trained all weights, its model is found without
   dataset: "artifacts/03_dataset",
   batchSize: 4, // rows per micro-batch; eval_loss depends on it, perplexity does not
   resamples: 2000, // of the bootstrap
@@ -48,12 +49,13 @@ checkNumbers(opt, { whole: { batchSize: 1, resamples: 1, samples: 0, sequences: 
 checkSampling(opt);
 
 // 1. What is compared: one base, with and without the adapter, or two whole models.
-const full = readManifest(opt.model)?.flags.mode === "full";
-const whole = opt.tuned === unset && full ? "artifacts/05_train/model" : opt.tuned;
-const tunedParts = whole === unset ? { model: opt.model, adapter: opt.adapter } : { model: whole };
-const stage = await beginStage("06_evaluate", opt, {
-  reads: [opt.model, opt.dataset, whole === unset ? opt.adapter : whole],
-});
+if (opt.tuned !== unset && givenFlags(opt).includes("--adapter")) {
+  throw new Error(`Cannot compare with --tuned "${opt.tuned}" and --adapter "${opt.adapter}": one of them is wanted`);
+}
+const trained: Trained = opt.tuned === unset ? trainedAt(opt.adapter) : { kind: "model", path: opt.tuned };
+const tunedParts = trained.kind === "adapter" ? { model: opt.model, adapter: trained.path } : { model: trained.path };
+const stage = await beginStage("06_evaluate", opt, { reads: [opt.model, opt.dataset, trained.path] });
+if (trained.kind === "adapter") checkNotMerged(opt.model, trained.path);
 const { max_position_embeddings: positions, vocab_size: vocabulary } = readConfig(opt.model);
 const digest = stage.reads.find(({ path }) => path === `${opt.model}/tokenizer.json`)?.sha256;
 const test = readSplit("test", { ...opt, tokenizer: digest, vocabulary, positions });

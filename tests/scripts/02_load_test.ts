@@ -26,6 +26,19 @@ Deno.test(
       await refused("--mode lora4", /^Cannot read flag "--mode": "lora4" is not one of qlora, lora, full$/m);
       await refused("--double-quant=yes", /^Cannot read flag "--double-quant": "yes" is not true or false$/m);
 
+      for (const mode of ["lora", "full"]) {
+        await refused(
+          `--mode ${mode} --dtype bfloat16`,
+          new RegExp(
+            `^Cannot use --dtype with --mode ${mode}: the weights stay as stage 01 stored them: leave it out, or `,
+          ),
+        );
+        await refused(
+          `--mode ${mode} --double-quant true`,
+          new RegExp(`^Cannot use --double-quant with --mode ${mode}: nothing is quantized: leave it out$`, "m"),
+        );
+      }
+
       // Layers that config.json does not know must not be left out without a word.
       Deno.mkdirSync(`${dir}/deep`);
       const golden = `${ROOT}fixtures/golden/tiny/model_hf`;
