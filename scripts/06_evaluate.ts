@@ -57,6 +57,10 @@ const tunedParts = trained.kind === "adapter" ? { model: opt.model, adapter: tra
 const stage = await beginStage("06_evaluate", opt, { reads: [opt.model, opt.dataset, trained.path] });
 if (trained.kind === "adapter") checkNotMerged(opt.model, trained.path);
 const { max_position_embeddings: positions, vocab_size: vocabulary } = readConfig(opt.model);
+if (opt.maxNewTokens >= positions) {
+  const state = `the model of "${opt.model}" has ${positions} positions for a prompt and its answer`;
+  throw new RangeError(`Cannot use --max-new-tokens ${opt.maxNewTokens}: ${state}: a smaller number is wanted`);
+}
 const digest = stage.reads.find(({ path }) => path === `${opt.model}/tokenizer.json`)?.sha256;
 const test = readSplit("test", { ...opt, tokenizer: digest, vocabulary, positions });
 const tokenizer = loadTokenizer(opt.model);

@@ -15,7 +15,7 @@ import { exists } from "../lib/data/files.ts";
 import { BLOG_SYSTEM, BLOG_TEMPLATE, type ChatTemplate, chatTemplate, readTemplate } from "../lib/data/template.ts";
 import { loadTokenizer, streamDecoder } from "../lib/data/tokenizer.ts";
 import { readConfig } from "../lib/model/config.ts";
-import { createGenerator } from "../lib/model/generate.ts";
+import { checkPrompt, createGenerator } from "../lib/model/generate.ts";
 import { checkSampling } from "../lib/model/sample.ts";
 import { byRecipe, checkNumbers, flags, unset } from "../lib/run/flags.ts";
 import { count, dim, duration, printable } from "../lib/run/print.ts";
@@ -50,6 +50,7 @@ const prompt = tokenizer.encode(opt.raw ? question : findTemplate().renderPrompt
 
 // 2. The answer. The cache is no larger than it can become.
 const context = Math.min(config.max_position_embeddings, prompt.length + Math.max(1, Math.ceil(opt.maxNewTokens)));
+checkPrompt(prompt, { vocab: config.vocab_size, context });
 const generator = await createGenerator({ model, adapter, batch: 1, context });
 console.log(dim("A research model: it errs, and it is not for clinical use."));
 console.log(dim(`${adapter === undefined ? model : `${model} with ${adapter}`} answers.`) + "\n");

@@ -128,6 +128,7 @@ Deno.test("ask refuses in one line what it cannot do", { ignore }, () =>
   trial(async (dir) => {
     copy(goldenPath("tiny/model_hf"), `${dir}/model`);
     copy(goldenPath("tiny/tokenizer"), `${dir}/model`);
+    Deno.removeSync(`${dir}/model/model.safetensors`); // none of this is worth opening the weights
     const refused: [string[], string][] = [
       [[], 'Cannot answer: there is no question: ask one, as in deno task ask "What are the symptoms of anemia?"'],
       [
@@ -135,7 +136,8 @@ Deno.test("ask refuses in one line what it cannot do", { ignore }, () =>
         'Cannot answer: there is neither a finished run in "artifacts/05_train" nor "artifacts/07_merge/merged_model": ' +
         'run "deno task train" first',
       ],
-      [["why", "--temperature", "0"], "Cannot sample with temperature 0: a number above 0, or greedy choice is wanted"],
+      [["why", "--temperature", "0"], "Cannot use --temperature 0: a number above 0, or --greedy, is wanted"],
+      [["why", "--top-p", "1.5"], "Cannot use --top-p 1.5: a number above 0 and at most 1 is wanted"],
       [
         ["1 ".repeat(300), "--model", "model", "--raw"],
         "Cannot generate from a prompt of 301 tokens: the context has 256 for it and the answer",
