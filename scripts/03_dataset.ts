@@ -23,11 +23,11 @@ import { exists } from "../lib/data/files.ts";
 import { packings, packRows, type Slice } from "../lib/data/packing.ts";
 import { placeOf, readSplits, type SftRecord, type Split, splits } from "../lib/data/records.ts";
 import { BLOG_SYSTEM, BLOG_TEMPLATE, chatTemplate } from "../lib/data/template.ts";
-import { loadTokenizer, tokenizerFiles } from "../lib/data/tokenizer.ts";
+import { checkTokenizer, loadTokenizer, tokenizerFiles } from "../lib/data/tokenizer.ts";
 import { fetchRepo } from "../lib/hub/download.ts";
 import { readConfig } from "../lib/model/config.ts";
 import { byRecipe, checkNumbers, choice, flags, unset } from "../lib/run/flags.ts";
-import { beginStage, sha256File, writeJson } from "../lib/run/manifest.ts";
+import { beginStage, checkInput, sha256File, writeJson } from "../lib/run/manifest.ts";
 import { count, dim, fileBars, percent, printable, progress, table } from "../lib/run/print.ts";
 
 const opt = flags(import.meta, {
@@ -47,6 +47,8 @@ const opt = flags(import.meta, {
   hubUrl: unset, // another hub than huggingface.co, for hf: sources
 }, { aliases: { maxLength: "maxSeqLength", packingStrategy: "packing" } });
 checkNumbers(opt, { whole: { maxSeqLength: 2, limit: 0 } });
+checkInput(opt.tokenizer);
+checkTokenizer(opt.tokenizer);
 const templateFile = [unset, "tokenizer"].includes(opt.template) ? "" : opt.template;
 const needed = `${opt.tokenizer}/tokenizer.json`, modelFile = `${opt.tokenizer}/config.json`;
 const others = [...tokenizerFiles(opt.tokenizer), modelFile].filter((path) => path !== needed && exists(path));

@@ -11,7 +11,7 @@
  * writes  artifacts/05_train/adapter (or model)  checkpoints/  log.jsonl  trainer_state.json  report.html  manifest.json
  */
 import { evaluationBatches, mostTokens, readSplit, trainingBatches, type UpdateBatches } from "../lib/data/batches.ts";
-import { copyFolder, removeIfThere } from "../lib/data/files.ts";
+import { checkHolds, copyFolder, removeIfThere } from "../lib/data/files.ts";
 import { byLabel, chromeTrace } from "../lib/gpu/trace.ts";
 import { readAdapter } from "../lib/model/adapter.ts";
 import { listCheckpoints, loadCheckpoint, pruneCheckpoints, saveCheckpoint } from "../lib/model/checkpoint.ts";
@@ -101,6 +101,9 @@ const tokens = Math.max(mostTokens(train, opt.batchSize), evaluation.tokens);
 
 // 2. The model on the GPU, its memory as a table.
 const began = performance.now();
+if (mode !== "full") {
+  checkHolds(opt.adapter, { name: "adapter_config.json", wanted: "an adapter", run: "deno task 04" });
+}
 const adapter = mode === "full" ? undefined : readAdapter(opt.adapter, config);
 const tiles = openCache("tiles");
 let choosing: Progress | undefined;

@@ -11,6 +11,7 @@
 import { evaluationBatches, readSplit } from "../lib/data/batches.ts";
 import { readTemplate } from "../lib/data/template.ts";
 import { loadTokenizer } from "../lib/data/tokenizer.ts";
+import { readAdapter } from "../lib/model/adapter.ts";
 import { countWords, drawPrompts, fixedQuestions, questionOf, splitDocuments, spread } from "../lib/model/answers.ts";
 import { readConfig } from "../lib/model/config.ts";
 import { type Answer, generateAll } from "../lib/model/generate.ts";
@@ -56,7 +57,9 @@ const trained: Trained = opt.tuned === unset ? trainedAt(opt.adapter) : { kind: 
 const tunedParts = trained.kind === "adapter" ? { model: opt.model, adapter: trained.path } : { model: trained.path };
 const stage = await beginStage("06_evaluate", opt, { reads: [opt.model, opt.dataset, trained.path] });
 if (trained.kind === "adapter") checkNotMerged(opt.model, trained.path);
-const { max_position_embeddings: positions, vocab_size: vocabulary } = readConfig(opt.model);
+const config = readConfig(opt.model), { max_position_embeddings: positions, vocab_size: vocabulary } = config;
+if (trained.kind === "adapter") readAdapter(trained.path, config); // what does not fit is refused before anything is run
+else readConfig(trained.path);
 if (opt.maxNewTokens >= positions) {
   const state = `the model of "${opt.model}" has ${positions} positions for a prompt and its answer`;
   throw new RangeError(`Cannot use --max-new-tokens ${opt.maxNewTokens}: ${state}: a smaller number is wanted`);

@@ -14,6 +14,19 @@ export function exists(path: string): boolean {
   }
 }
 
+/**
+ * Throws unless the folder `dir` has a file `name`, by which folders of its kind are told: with what is wanted there and the
+ * command that makes one, as in `deno task 03`.
+ */
+export function checkHolds(
+  dir: string,
+  { name, wanted, run }: { readonly name: string; readonly wanted: string; readonly run: string },
+): void {
+  if (exists(`${dir}/${name}`)) return;
+  const state = exists(dir) ? `it has no ${name}` : "no such folder";
+  throw new Error(`Cannot read "${dir}": ${state}: ${wanted} is wanted: run "${run}" first`);
+}
+
 /** Parses a file that must hold one JSON object; throws a SyntaxError that names the file. */
 export function readJsonObject(path: string): Record<string, unknown> {
   let text: string;

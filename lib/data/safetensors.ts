@@ -88,7 +88,9 @@ export function openModel(dir: string): TensorSource {
   if (exists(single)) return openSafetensors(single);
   const path = `${single}.index.json`;
   if (!exists(path)) {
-    throw new Error(`Cannot read "${dir}": it has no model.safetensors and no model.safetensors.index.json`);
+    throw new Error(
+      `Cannot read "${dir}": it has no model.safetensors and no model.safetensors.index.json: a model folder is wanted: run "deno task 01" first`,
+    );
   }
   let index: { weight_map?: unknown } | null;
   try {

@@ -2,7 +2,7 @@
  * What stage 02 loaded, what stage 05 made of it and what stage 07 made of that: the one place where the later stages ask. It
  * reads `load.json` and manifests, and no weights.
  */
-import { exists, readJsonObject } from "../data/files.ts";
+import { checkHolds, exists, readJsonObject } from "../data/files.ts";
 import { readManifest, sha256File } from "./manifest.ts";
 
 /** What stage 05 trains: an adapter on 4-bit weights, one on weights as stored, or all weights. */
@@ -24,12 +24,8 @@ export interface Trained {
 
 /** Reads the `load.json` of a model that stage 02 loaded; throws where there is none, or one that does not say both. */
 export function readLoad(dir: string): Load {
+  checkHolds(dir, { name: "load.json", wanted: "a loaded model", run: "deno task 02" });
   const path = `${dir}/load.json`;
-  if (!exists(path)) {
-    throw new Error(
-      `Cannot read "${dir}": it has no load.json: a model of stage 02 is wanted: run "deno task 02" first`,
-    );
-  }
   const { mode: word, base } = readJsonObject(path), mode = modes.find((mode) => mode === word);
   if (mode === undefined || typeof base !== "string") {
     const state = `its mode is ${JSON.stringify(word)} and its base ${JSON.stringify(base)}`;

@@ -18,7 +18,7 @@ Deno.test(
       await refused("", /^Cannot read "artifacts\/02_load": run "deno task 02" first$/m);
       await refused(
         "--model qa",
-        /^Cannot read "qa": it has no load.json: a model of stage 02 is wanted: run "deno task 02" first$/m,
+        /^Cannot read "qa": it has no load.json: a loaded model is wanted: run "deno task 02" first$/m,
       );
 
       Deno.mkdirSync(`${dir}/model`);

@@ -38,6 +38,13 @@ Deno.test("06 refuses numbers that have no meaning, and rows that are not for th
       `${adapter} --tuned model`,
       /^Cannot compare with --tuned "model" and --adapter ".*": one of them is /,
     );
+    for (const wrong of ["--adapter qa", "--dataset qa", "--model qa", "--tuned qa"]) {
+      const given = wrong.startsWith("--tuned") ? "--model model" : adapter;
+      await refused(
+        `${given} ${wrong}`,
+        /^Cannot read "qa": it has no \S+: a .* is wanted: run "deno task 0[135]" first$/m,
+      );
+    }
     Deno.mkdirSync(`${dir}/data`);
     const line = `${adapter} --dataset data`;
     await writeRows(`${dir}/data/test.safetensors`, { ...rows, metadata: { tokenizer_sha256: "0" } });

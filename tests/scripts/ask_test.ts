@@ -136,6 +136,14 @@ Deno.test("ask refuses in one line what it cannot do", { ignore }, () =>
         'Cannot answer: there is neither a finished run in "artifacts/05_train" nor "artifacts/07_merge/merged_model": ' +
         'run "deno task train" first',
       ],
+      [
+        ["why", "--model", "nowhere"],
+        'Cannot read "nowhere": no such folder: a model folder is wanted: run "deno task 01" first',
+      ],
+      [
+        ["why", "--model", "model", "--adapter", "model"],
+        'Cannot read "model": it has no adapter_config.json: a trained adapter is wanted: run "deno task 05" first',
+      ],
       [["why", "--temperature", "0"], "Cannot use --temperature 0: a number above 0, or --greedy, is wanted"],
       [["why", "--top-p", "1.5"], "Cannot use --top-p 1.5: a number above 0 and at most 1 is wanted"],
       [

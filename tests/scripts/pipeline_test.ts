@@ -191,8 +191,19 @@ Deno.test(
 
       // A folder that is no adapter is not taken for a model that was trained as a whole: the merge stays.
       const wrong = await attempt(dir, "07_merge", "--adapter artifacts/02_load");
-      assertRefused(wrong, /^Cannot read "artifacts\/02_load\/adapter_config.json": no such file/m);
+      assertRefused(
+        wrong,
+        /^Cannot read "artifacts\/02_load": it has no adapter_config.json: a trained adapter is wanted: run "deno task 05" first$/m,
+      );
       assert(exists(at("07_merge/merged_model/model.safetensors")) && exists(at("07_merge/manifest.json")));
+
+      // What is merged is not added once more.
+      const twice = "--model artifacts/07_merge/merged_model --out again";
+      for (const script of ["06_evaluate", "07_merge"]) {
+        const state =
+          /^Cannot add an adapter to "artifacts\/07_merge\/merged_model": stage 07 merged ".*adapter" into it /m;
+        assertRefused(await attempt(dir, script, twice), state);
+      }
 
       const answer = await attempt(dir, "ask", "Why? --greedy --max-new-tokens 4");
       assertEquals([answer.code, answer.err], [0, ""], answer.out);
