@@ -10,6 +10,7 @@
  * writes  artifacts/02_load/model.safetensors  config.json  tokenizer files  load.json  manifest.json
  */
 import { toFloat32 } from "../lib/data/dtype.ts";
+import { writeAtomic, writeJson } from "../lib/data/files.ts";
 import { NF4_NORMAL_ERROR } from "../lib/data/nf4.ts";
 import { openModel } from "../lib/data/safetensors.ts";
 import { tokenizerFiles } from "../lib/data/tokenizer.ts";
@@ -24,8 +25,8 @@ import {
   writeQuantizedModel,
 } from "../lib/model/quantized.ts";
 import { choice, flags, givenFlags } from "../lib/run/flags.ts";
-import { beginStage, writeAtomic, writeJson } from "../lib/run/manifest.ts";
 import { bytes, count, progress, table } from "../lib/run/print.ts";
+import { beginStage } from "../lib/run/stage.ts";
 import { type Load, modes } from "../lib/run/trained.ts";
 
 const opt = flags(import.meta, {

@@ -19,7 +19,7 @@ import {
   unlearntRows,
   writeRows,
 } from "../lib/data/dataset.ts";
-import { exists } from "../lib/data/files.ts";
+import { exists, sha256File, writeJson } from "../lib/data/files.ts";
 import { packings, packRows, type Slice } from "../lib/data/packing.ts";
 import { placeOf, readSplits, type SftRecord, type Split, splits } from "../lib/data/records.ts";
 import { BLOG_SYSTEM, BLOG_TEMPLATE, chatTemplate } from "../lib/data/template.ts";
@@ -27,8 +27,8 @@ import { checkTokenizer, loadTokenizer, tokenizerFiles } from "../lib/data/token
 import { fetchRepo } from "../lib/hub/download.ts";
 import { readConfig } from "../lib/model/config.ts";
 import { byRecipe, checkNumbers, choice, flags, unset } from "../lib/run/flags.ts";
-import { beginStage, checkInput, sha256File, writeJson } from "../lib/run/manifest.ts";
 import { count, dim, fileBars, percent, printable, progress, table } from "../lib/run/print.ts";
+import { beginStage, checkInput } from "../lib/run/stage.ts";
 
 const opt = flags(import.meta, {
   // The blog does not name its dataset: this is the name that goes with its model's, so check it before you rely on it.

@@ -25,8 +25,8 @@ import { linearModules, readConfig } from "../lib/model/config.ts";
 import { adapterIsNoop } from "../lib/model/llama.ts";
 import { countElements } from "../lib/model/quantized.ts";
 import { byRecipe, checkNumbers, choice, flags, givenFlags, unset } from "../lib/run/flags.ts";
-import { beginStage } from "../lib/run/manifest.ts";
 import { bytes, count, percent, table } from "../lib/run/print.ts";
+import { beginStage } from "../lib/run/stage.ts";
 import { readLoad } from "../lib/run/trained.ts";
 
 const opt = flags(import.meta, {

@@ -11,7 +11,7 @@
  * writes  artifacts/05_train/adapter (or model)  checkpoints/  log.jsonl  trainer_state.json  report.html  manifest.json
  */
 import { evaluationBatches, mostTokens, readSplit, trainingBatches, type UpdateBatches } from "../lib/data/batches.ts";
-import { checkHolds, copyFolder, removeIfThere } from "../lib/data/files.ts";
+import { checkHolds, copyFolder, writeAtomic, writeWhole } from "../lib/data/files.ts";
 import { byLabel, chromeTrace } from "../lib/gpu/trace.ts";
 import { readAdapter } from "../lib/model/adapter.ts";
 import { listCheckpoints, loadCheckpoint, pruneCheckpoints, saveCheckpoint } from "../lib/model/checkpoint.ts";
@@ -22,9 +22,10 @@ import { tileRows } from "../lib/model/tiles.ts";
 import { Trainer } from "../lib/model/trainer.ts";
 import { openCache } from "../lib/run/cache.ts";
 import { byRecipe, checkNumbers, choice, flags } from "../lib/run/flags.ts";
-import { beginStage, checkInput, readManifest, writeAtomic } from "../lib/run/manifest.ts";
+import { readManifest } from "../lib/run/manifest.ts";
 import { bytes, count, duration, percent, type Progress, progress, table } from "../lib/run/print.ts";
 import { openRunLog } from "../lib/run/run_log.ts";
+import { beginStage, checkInput } from "../lib/run/stage.ts";
 import { readLoad, trainedKind } from "../lib/run/trained.ts";
 
 const opt = flags(import.meta, {
@@ -176,10 +177,9 @@ while (step < totalSteps) {
 
 // 5. The result: the best parameters of the run, or the last.
 const target = `${opt.out}/${trainedKind(mode)}`;
-await removeIfThere(target);
 if (opt.loadBest && adapter) readAdapter(`${checkpoints}/best`, config); // throws where it is damaged
 if (opt.loadBest) await copyFolder(`${checkpoints}/best`, target);
-else await saveTrained(trainer.llama, { dir: target, model: opt.model, lora: adapter?.lora });
+else await writeWhole(target, (dir) => saveTrained(trainer.llama, { dir, model: opt.model, lora: adapter?.lora }));
 await log.writeReport(opt.out, {
   title: "Training",
   device: gpu.name,
@@ -294,10 +294,8 @@ async function evaluate(): Promise<void> {
   ]);
   if (improved) best = { step, evalLoss };
   if (improved && opt.loadBest) {
-    const partial = `${checkpoints}/best.partial`;
-    await saveTrained(trainer.llama, { dir: partial, model: opt.model, lora: adapter?.lora });
-    await removeIfThere(`${checkpoints}/best`);
-    await Deno.rename(partial, `${checkpoints}/best`);
+    const save = (dir: string) => saveTrained(trainer.llama, { dir, model: opt.model, lora: adapter?.lora });
+    await writeWhole(`${checkpoints}/best`, save);
   }
   readAt = performance.now();
 }

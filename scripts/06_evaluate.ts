@@ -9,6 +9,7 @@
  * writes  artifacts/06_evaluate/evaluation.json  report.html  manifest.json
  */
 import { evaluationBatches, readSplit } from "../lib/data/batches.ts";
+import { writeAtomic } from "../lib/data/files.ts";
 import { readTemplate } from "../lib/data/template.ts";
 import { loadTokenizer } from "../lib/data/tokenizer.ts";
 import { readAdapter } from "../lib/model/adapter.ts";
@@ -21,9 +22,9 @@ import { tileRows } from "../lib/model/tiles.ts";
 import { checkSampling } from "../lib/model/sample.ts";
 import { openCache } from "../lib/run/cache.ts";
 import { byRecipe, checkNumbers, flags, givenFlags, unset } from "../lib/run/flags.ts";
-import { beginStage, writeAtomic } from "../lib/run/manifest.ts";
 import { count, percent, progress, table } from "../lib/run/print.ts";
 import { barChart, histogram, writeReport } from "../lib/run/report.ts";
+import { beginStage } from "../lib/run/stage.ts";
 import { checkNotMerged, type Trained, trainedAt } from "../lib/run/trained.ts";
 
 const opt = flags(import.meta, {

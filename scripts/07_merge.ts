@@ -19,8 +19,8 @@ import { logitsOf } from "../lib/model/llama.ts";
 import { checkLogits, largestDifference, mergeModel } from "../lib/model/merge.ts";
 import { isQuantized } from "../lib/model/quantized.ts";
 import { choice, flags } from "../lib/run/flags.ts";
-import { beginStage } from "../lib/run/manifest.ts";
 import { bytes, progress, table } from "../lib/run/print.ts";
+import { beginStage } from "../lib/run/stage.ts";
 import { checkNotMerged, trainedAt } from "../lib/run/trained.ts";
 
 const opt = flags(import.meta, {

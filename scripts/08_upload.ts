@@ -10,15 +10,16 @@
  * reads   artifacts/07_merge/{lora_adapters,merged_model}; for the cards artifacts/{03_dataset,05_train,06_evaluate}
  * writes  artifacts/08_upload/{lora_adapters,merged_model}/README.md  manifest.json, and the two repositories
  */
-import { exists, readJsonObject } from "../lib/data/files.ts";
+import { exists, readJsonObject, writeAtomic } from "../lib/data/files.ts";
 import { BLOG_SYSTEM, BLOG_TEMPLATE, chatTemplate, readTemplate } from "../lib/data/template.ts";
 import { adapterCard, type CardFacts, hubName, modelCard } from "../lib/hub/card.ts";
 import { checkRepoId, environmentToken, type HubAccess, hubBase } from "../lib/hub/retry.ts";
 import { accountName, likelyMode, listLocal, type LocalFile, uploadFolder } from "../lib/hub/upload.ts";
 import { parameterShapes, readConfig } from "../lib/model/config.ts";
 import { byRecipe, flags, unset } from "../lib/run/flags.ts";
-import { beginStage, type Manifest, readManifest, writeAtomic } from "../lib/run/manifest.ts";
+import { type Manifest, readManifest } from "../lib/run/manifest.ts";
 import { bytes, progress, table } from "../lib/run/print.ts";
+import { beginStage } from "../lib/run/stage.ts";
 
 const opt = flags(import.meta, {
   merge: "artifacts/07_merge", // holds lora_adapters/ and merged_model/

@@ -2,8 +2,8 @@
  * What stage 02 loaded, what stage 05 made of it and what stage 07 made of that: the one place where the later stages ask. It
  * reads `load.json` and manifests, and no weights.
  */
-import { checkHolds, exists, readJsonObject } from "../data/files.ts";
-import { readManifest, sha256File } from "./manifest.ts";
+import { checkHolds, exists, readJsonObject, sha256File } from "../data/files.ts";
+import { readManifest } from "./manifest.ts";
 
 /** What stage 05 trains: an adapter on 4-bit weights, one on weights as stored, or all weights. */
 export const modes = ["qlora", "lora", "full"] as const;

@@ -3,7 +3,7 @@ import { assert, assertEquals, assertMatch, assertStringIncludes } from "@std/as
 import { chatTemplate } from "../../lib/data/template.ts";
 import { loadTokenizer } from "../../lib/data/tokenizer.ts";
 import { generateAll } from "../../lib/model/generate.ts";
-import { sha256File } from "../../lib/run/manifest.ts";
+import { sha256File } from "../../lib/data/files.ts";
 import { goldenPath } from "../check.ts";
 import { NO_GPU as ignore } from "../on_gpu.ts";
 
