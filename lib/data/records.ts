@@ -251,7 +251,6 @@ async function* parquetRows(path: string, limit: number): AsyncGenerator<{ row: 
   const file = await asyncBufferFromFile(path);
   let rows: Row[];
   try {
-    if (file.byteLength < 12) throw new RangeError(`it has ${file.byteLength} bytes: a Parquet file has at least 12`);
     const metadata = await parquetMetadataAsync(file);
     const rowEnd = Math.min(limit, Number(metadata.num_rows));
     const names = parquetSchema(metadata).children.map((column) => column.element.name);
