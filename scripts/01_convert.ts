@@ -20,8 +20,8 @@ import { logitsRange } from "../lib/model/llama.ts";
 import { checkpointInputs, convertTensor, type Mapping, openCheckpoint, planConversion } from "../lib/model/medslm.ts";
 import { checkSetting } from "../lib/model/medslm_settings.ts";
 import { byRecipe, choice, flags, unset } from "../lib/run/flags.ts";
-import { beginStage } from "../lib/run/manifest.ts";
 import { bytes, count, fileBars, progress, table } from "../lib/run/print.ts";
+import { beginStage } from "../lib/run/stage.ts";
 
 const opt = flags(import.meta, {
   source: byRecipe({ tiny: "fixtures/tiny", blog: "hf:Saminx22/MedSLM" }), // folder, file or hf:owner/name[@revision]

@@ -10,6 +10,7 @@
  * writes  artifacts/02_load/model.safetensors  config.json  tokenizer files  load.json  manifest.json
  */
 import { toFloat32 } from "../lib/data/dtype.ts";
+import { writeAtomic, writeJson } from "../lib/data/files.ts";
 import { NF4_NORMAL_ERROR } from "../lib/data/nf4.ts";
 import { openModel } from "../lib/data/safetensors.ts";
 import { tokenizerFiles } from "../lib/data/tokenizer.ts";
@@ -23,16 +24,25 @@ import {
   readQuantState,
   writeQuantizedModel,
 } from "../lib/model/quantized.ts";
-import { choice, flags } from "../lib/run/flags.ts";
-import { beginStage, writeAtomic, writeJson } from "../lib/run/manifest.ts";
+import { choice, flags, givenFlags } from "../lib/run/flags.ts";
 import { bytes, count, progress, table } from "../lib/run/print.ts";
+import { beginStage } from "../lib/run/stage.ts";
+import { type Load, modes } from "../lib/run/trained.ts";
 
 const opt = flags(import.meta, {
   model: "artifacts/01_convert", // the converted model
-  mode: choice(["qlora", "lora", "full"]), // what stage 05 trains
+  mode: choice(modes), // what stage 05 trains
   dtype: choice(["stored", "float32", "float16", "bfloat16"], { tiny: "stored", blog: "bfloat16" }), // qlora: first round all weights
-  doubleQuant: true, // quantize the scales of the blocks too
+  doubleQuant: true, // qlora: quantize the scales of the blocks too
 });
+const idle = opt.mode === "qlora" ? [] : givenFlags(opt); // what is quantized or rounded with qlora alone
+if (idle.includes("--dtype") && opt.dtype !== "stored") {
+  const remedy = `leave it out, or run "deno task 01 --dtype ${opt.dtype}" first`;
+  throw new Error(`Cannot use --dtype with --mode ${opt.mode}: the weights stay as stage 01 stored them: ${remedy}`);
+}
+if (idle.includes("--double-quant") && opt.doubleQuant) {
+  throw new Error(`Cannot use --double-quant with --mode ${opt.mode}: nothing is quantized: leave it out`);
+}
 const stage = await beginStage("02_load", opt, { reads: [opt.model] });
 
 // 1. The model as stage 01 left it.
@@ -61,7 +71,8 @@ if (opt.mode === "qlora") {
 // 3. What belongs to a model besides its weights, and what stage 05 must know.
 await writeAtomic(`${opt.out}/generation_config.json`, generationConfigJson(config));
 for (const path of tokenizerFiles(opt.model)) await Deno.copyFile(path, `${opt.out}/${path.split("/").at(-1)}`);
-await writeJson(`${opt.out}/load.json`, { mode: opt.mode, base: opt.model });
+const load: Load = { mode: opt.mode, base: opt.model };
+await writeJson(`${opt.out}/load.json`, load);
 
 // 4. The blog's table.
 using loaded = openModel(opt.out);
@@ -126,13 +137,13 @@ function relativeErrors(): { name: string; error: number }[] {
   const bar = progress("checking", names.length);
   const errors = names.map((name, i) => {
     const exact = toFloat32(source.read(name), source.tensors.get(name)!.dtype);
-    const decoded = dequantizeWeight(readQuantState(loaded, name.slice(0, -".weight".length)));
+    const dequantized = dequantizeWeight(readQuantState(loaded, name.slice(0, -".weight".length)));
     let [sum, squares, difference] = [0, 0, 0];
     for (let k = 0; k < exact.length; k++) {
       const w = exact[k]!;
       sum += w;
       squares += w * w;
-      difference += Math.abs(w - decoded[k]!);
+      difference += Math.abs(w - dequantized[k]!);
     }
     const mean = sum / exact.length;
     const sigma = Math.sqrt(Math.max(0, squares / exact.length - mean * mean));

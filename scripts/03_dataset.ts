@@ -19,16 +19,16 @@ import {
   unlearntRows,
   writeRows,
 } from "../lib/data/dataset.ts";
-import { exists } from "../lib/data/files.ts";
+import { exists, sha256File, writeJson } from "../lib/data/files.ts";
 import { packings, packRows, type Slice } from "../lib/data/packing.ts";
 import { placeOf, readSplits, type SftRecord, type Split, splits } from "../lib/data/records.ts";
 import { BLOG_SYSTEM, BLOG_TEMPLATE, chatTemplate } from "../lib/data/template.ts";
-import { loadTokenizer, tokenizerFiles } from "../lib/data/tokenizer.ts";
+import { checkTokenizer, loadTokenizer, tokenizerFiles } from "../lib/data/tokenizer.ts";
 import { fetchRepo } from "../lib/hub/download.ts";
 import { readConfig } from "../lib/model/config.ts";
 import { byRecipe, checkNumbers, choice, flags, unset } from "../lib/run/flags.ts";
-import { beginStage, sha256File, writeJson } from "../lib/run/manifest.ts";
 import { count, dim, fileBars, percent, printable, progress, table } from "../lib/run/print.ts";
+import { beginStage, checkInput } from "../lib/run/stage.ts";
 
 const opt = flags(import.meta, {
   // The blog does not name its dataset: this is the name that goes with its model's, so check it before you rely on it.
@@ -45,8 +45,10 @@ const opt = flags(import.meta, {
   dropUnlearnt: false, // leave rows without a learnt token out instead of stopping
   limit: 0, // records of each split; 0 for all
   hubUrl: unset, // another hub than huggingface.co, for hf: sources
-}, { renamed: { maxLength: "maxSeqLength", packingStrategy: "packing" } });
+}, { aliases: { maxLength: "maxSeqLength", packingStrategy: "packing" } });
 checkNumbers(opt, { whole: { maxSeqLength: 2, limit: 0 } });
+checkInput(opt.tokenizer);
+checkTokenizer(opt.tokenizer);
 const templateFile = [unset, "tokenizer"].includes(opt.template) ? "" : opt.template;
 const needed = `${opt.tokenizer}/tokenizer.json`, modelFile = `${opt.tokenizer}/config.json`;
 const others = [...tokenizerFiles(opt.tokenizer), modelFile].filter((path) => path !== needed && exists(path));
@@ -143,14 +145,14 @@ function readTemplateText(): string {
 }
 
 function encodeAll(split: Split): Example[] {
-  const bar = progress(`Tokenise ${split}`, records[split].length);
+  const bar = progress(`Tokenize ${split}`, records[split].length);
   const encode = (record: SftRecord, i: number) => {
     bar.tick(i);
     try {
       return encodeRecord(record, { tokenizer, template, loss: opt.loss, escape: !opt.parseSpecial });
     } catch (error) {
       const { message } = error as Error;
-      throw new Error(`Cannot tokenise ${placeOf(record)}: ${message.replace(/^C/, "c")}`, { cause: error });
+      throw new Error(`Cannot tokenize ${placeOf(record)}: ${message.replace(/^C/, "c")}`, { cause: error });
     }
   };
   const examples = records[split].map(encode);

@@ -5,11 +5,12 @@
  *   deno task 04
  *   deno task 04 --r 32 --alpha 64 --target-modules q_proj,v_proj
  *
+ * After 02 --mode full there is nothing to adapt: it says so, and writes the manifest alone.
+ *
  * reads   artifacts/02_load
  * writes  artifacts/04_lora/adapter_config.json  adapter_model.safetensors  manifest.json
  */
 import { openModel } from "../lib/data/safetensors.ts";
-import { readJsonObject } from "../lib/data/files.ts";
 import { openGpu } from "../lib/gpu/device.ts";
 import {
   adapterTensors,
@@ -23,9 +24,10 @@ import { rounded, STORED } from "../lib/data/dtype.ts";
 import { linearModules, readConfig } from "../lib/model/config.ts";
 import { adapterIsNoop } from "../lib/model/llama.ts";
 import { countElements } from "../lib/model/quantized.ts";
-import { byRecipe, checkNumbers, choice, flags, unset } from "../lib/run/flags.ts";
-import { beginStage } from "../lib/run/manifest.ts";
+import { byRecipe, checkNumbers, choice, flags, givenFlags, unset } from "../lib/run/flags.ts";
 import { bytes, count, percent, table } from "../lib/run/print.ts";
+import { beginStage } from "../lib/run/stage.ts";
+import { readLoad } from "../lib/run/trained.ts";
 
 const opt = flags(import.meta, {
   model: "artifacts/02_load", // the loaded model
@@ -42,15 +44,19 @@ checkNumbers(opt, { whole: { r: 1, seed: 0 }, real: { alpha: 0, dropout: 0 } });
 const stage = await beginStage("04_lora", opt, { reads: [opt.model] });
 
 // 1. What the adapter is for: PEFT must find the 16-bit base, not the 4-bit copy of it.
-const load = readJsonObject(`${opt.model}/load.json`);
-if (typeof load.mode !== "string" || typeof load.base !== "string") {
-  throw new Error(`Cannot read "${opt.model}/load.json": mode and base are missing: run "deno task 02 --force" first`);
-}
+const load = readLoad(opt.model);
 if (load.mode === "full") {
-  throw new Error(
-    `Cannot make an adapter for "${opt.model}": it was loaded with --mode full, which trains all weights: ` +
-      'run "deno task 02 --mode qlora" first',
-  );
+  const asked = givenFlags(opt).filter((flag) => flag !== "--model"), state = "it was loaded with --mode full";
+  if (asked.length > 0) {
+    throw new Error(
+      `Cannot make an adapter for "${opt.model}" with ${asked.join(", ")}: ${state}, which trains all weights: ` +
+        'run "deno task 02 --mode qlora" first',
+    );
+  }
+  stage.clear(); // an earlier adapter is not of this model
+  console.log(`There is nothing to adapt in "${opt.model}": ${state}, so stage 05 trains all weights.`);
+  await stage.done({ numbers: { nothing_to_adapt: true } });
+  Deno.exit(0);
 }
 const config = readConfig(opt.model);
 const lora: LoraConfig = {
@@ -59,7 +65,7 @@ const lora: LoraConfig = {
   lora_dropout: opt.dropout,
   target_modules: opt.targetModules,
   use_rslora: opt.rslora,
-  base_model_name_or_path: opt.baseModel === unset ? load.base as string : opt.baseModel,
+  base_model_name_or_path: opt.baseModel === unset ? load.base : opt.baseModel,
 };
 
 // 2. A is random, B is zero. PEFT draws in float32, then moves the layer to its base's dtype, which a 4-bit one has not.

@@ -11,7 +11,7 @@
  * writes  artifacts/05_train/adapter (or model)  checkpoints/  log.jsonl  trainer_state.json  report.html  manifest.json
  */
 import { evaluationBatches, mostTokens, readSplit, trainingBatches, type UpdateBatches } from "../lib/data/batches.ts";
-import { copyFolder, readJsonObject, removeIfThere } from "../lib/data/files.ts";
+import { checkHolds, copyFolder, writeAtomic, writeWhole } from "../lib/data/files.ts";
 import { byLabel, chromeTrace } from "../lib/gpu/trace.ts";
 import { readAdapter } from "../lib/model/adapter.ts";
 import { listCheckpoints, loadCheckpoint, pruneCheckpoints, saveCheckpoint } from "../lib/model/checkpoint.ts";
@@ -22,9 +22,11 @@ import { tileRows } from "../lib/model/tiles.ts";
 import { Trainer } from "../lib/model/trainer.ts";
 import { openCache } from "../lib/run/cache.ts";
 import { byRecipe, checkNumbers, choice, flags } from "../lib/run/flags.ts";
-import { beginStage, checkInput, readManifest, writeAtomic } from "../lib/run/manifest.ts";
+import { readManifest } from "../lib/run/manifest.ts";
 import { bytes, count, duration, percent, type Progress, progress, table } from "../lib/run/print.ts";
 import { openRunLog } from "../lib/run/run_log.ts";
+import { beginStage, checkInput } from "../lib/run/stage.ts";
+import { readLoad, trainedKind } from "../lib/run/trained.ts";
 
 const opt = flags(import.meta, {
   model: "artifacts/02_load",
@@ -45,7 +47,7 @@ const opt = flags(import.meta, {
   maxGradNorm: 1, // 0 = no clipping
   optimizer: choice(["adamw", "adamw_8bit"], "adamw_8bit"),
   checkpointing: choice(["none", "block"], { tiny: "none", blog: "block" }), // block: keep each layer's input, compute the rest again
-  resident: false, // decode 4-bit weights once and keep them: faster, more memory
+  resident: false, // dequantize 4-bit weights once and keep them: faster, more memory
   evalSteps: byRecipe({ tiny: 20, blog: 250 }),
   saveSteps: byRecipe({ tiny: 40, blog: 500 }),
   saveTotalLimit: 2, // checkpoints kept; 0 = all
@@ -55,7 +57,7 @@ const opt = flags(import.meta, {
   resume: true, // go on from the last checkpoint of an unfinished run
   profile: 0, // update whose dispatches are timed, into trace.json and a table; 0 = none
 }, {
-  renamed: {
+  aliases: {
     gradientAccumulationSteps: "gradientAccumulation",
     perDeviceTrainBatchSize: "batchSize",
     numTrainEpochs: "epochs",
@@ -74,7 +76,7 @@ checkNumbers(opt, {
 
 // 1. What is trained on what.
 checkInput(opt.model);
-const { mode } = readJsonObject(`${opt.model}/load.json`) as { mode: "qlora" | "lora" | "full" };
+const { mode } = readLoad(opt.model);
 const reads = [opt.model, opt.dataset, ...(mode === "full" ? [] : [opt.adapter])];
 const finished = readManifest(opt.out) !== undefined; // its checkpoints are of a run that is over
 const { resume, loggingSteps, profile, ...recorded } = opt; // these change nothing of what is learnt
@@ -100,6 +102,9 @@ const tokens = Math.max(mostTokens(train, opt.batchSize), evaluation.tokens);
 
 // 2. The model on the GPU, its memory as a table.
 const began = performance.now();
+if (mode !== "full") {
+  checkHolds(opt.adapter, { name: "adapter_config.json", wanted: "an adapter", run: "deno task 04" });
+}
 const adapter = mode === "full" ? undefined : readAdapter(opt.adapter, config);
 const tiles = openCache("tiles");
 let choosing: Progress | undefined;
@@ -171,11 +176,10 @@ while (step < totalSteps) {
 }
 
 // 5. The result: the best parameters of the run, or the last.
-const target = `${opt.out}/${mode === "full" ? "model" : "adapter"}`;
-await removeIfThere(target);
+const target = `${opt.out}/${trainedKind(mode)}`;
 if (opt.loadBest && adapter) readAdapter(`${checkpoints}/best`, config); // throws where it is damaged
 if (opt.loadBest) await copyFolder(`${checkpoints}/best`, target);
-else await saveTrained(trainer.llama, { dir: target, model: opt.model, lora: adapter?.lora });
+else await writeWhole(target, (dir) => saveTrained(trainer.llama, { dir, model: opt.model, lora: adapter?.lora }));
 await log.writeReport(opt.out, {
   title: "Training",
   device: gpu.name,
@@ -290,10 +294,8 @@ async function evaluate(): Promise<void> {
   ]);
   if (improved) best = { step, evalLoss };
   if (improved && opt.loadBest) {
-    const partial = `${checkpoints}/best.partial`;
-    await saveTrained(trainer.llama, { dir: partial, model: opt.model, lora: adapter?.lora });
-    await removeIfThere(`${checkpoints}/best`);
-    await Deno.rename(partial, `${checkpoints}/best`);
+    const save = (dir: string) => saveTrained(trainer.llama, { dir, model: opt.model, lora: adapter?.lora });
+    await writeWhole(`${checkpoints}/best`, save);
   }
   readAt = performance.now();
 }

@@ -19,8 +19,9 @@ import { logitsOf } from "../lib/model/llama.ts";
 import { checkLogits, largestDifference, mergeModel } from "../lib/model/merge.ts";
 import { isQuantized } from "../lib/model/quantized.ts";
 import { choice, flags } from "../lib/run/flags.ts";
-import { beginStage, readManifest } from "../lib/run/manifest.ts";
 import { bytes, progress, table } from "../lib/run/print.ts";
+import { beginStage } from "../lib/run/stage.ts";
+import { checkNotMerged, trainedAt } from "../lib/run/trained.ts";
 
 const opt = flags(import.meta, {
   model: "artifacts/01_convert", // the 16- or 32-bit base
@@ -32,20 +33,19 @@ const opt = flags(import.meta, {
 });
 
 // 1. What there is to merge: when stage 05 trained all weights, it left a whole model.
-const folder = opt.adapter.replace(/\/?[^/]+$/, ""), full = readManifest(folder)?.numbers.mode === "full";
-const candidates = exists(opt.adapter) ? full ? [opt.adapter] : [] : [opt.adapter.replace(/[^/]+$/, "model")];
-const whole = candidates.find((dir) => exists(`${dir}/config.json`));
-if (whole !== undefined) {
-  const stage = await beginStage("07_merge", opt, { reads: [whole] });
+const trained = trainedAt(opt.adapter);
+if (trained.kind === "model") {
+  const stage = await beginStage("07_merge", opt, { reads: [trained.path] });
   stage.clear(); // what an earlier merge left is not of this model
-  console.log(`There is nothing to merge: all weights were trained, and the model is in "${whole}"`);
-  await stage.done({ numbers: { nothing_to_merge: true, model: whole } });
+  console.log(`There is nothing to merge: all weights were trained, and the model is in "${trained.path}"`);
+  await stage.done({ numbers: { nothing_to_merge: true, model: trained.path } });
   Deno.exit(0);
 }
 const base = opt.base === "nf4" ? opt.quantized : opt.model;
 const template = [opt.adapter, opt.dataset].map((dir) => `${dir}/template.json`).find(exists);
 const stage = await beginStage("07_merge", opt, { reads: [base, opt.adapter, template ?? ""] });
 checkBase();
+checkNotMerged(base, opt.adapter);
 const config = readConfig(base), { lora } = readAdapter(opt.adapter, config);
 stage.clear();
 

@@ -10,15 +10,16 @@
  * reads   artifacts/07_merge/{lora_adapters,merged_model}; for the cards artifacts/{03_dataset,05_train,06_evaluate}
  * writes  artifacts/08_upload/{lora_adapters,merged_model}/README.md  manifest.json, and the two repositories
  */
-import { exists, readJsonObject } from "../lib/data/files.ts";
+import { exists, readJsonObject, writeAtomic } from "../lib/data/files.ts";
 import { BLOG_SYSTEM, BLOG_TEMPLATE, chatTemplate, readTemplate } from "../lib/data/template.ts";
 import { adapterCard, type CardFacts, hubName, modelCard } from "../lib/hub/card.ts";
 import { checkRepoId, environmentToken, type HubAccess, hubBase } from "../lib/hub/retry.ts";
-import { accountName, likelyMode, listLocal, uploadFolder } from "../lib/hub/upload.ts";
+import { accountName, likelyMode, listLocal, type LocalFile, uploadFolder } from "../lib/hub/upload.ts";
 import { parameterShapes, readConfig } from "../lib/model/config.ts";
 import { byRecipe, flags, unset } from "../lib/run/flags.ts";
-import { beginStage, type Manifest, readManifest, writeAtomic } from "../lib/run/manifest.ts";
+import { type Manifest, readManifest } from "../lib/run/manifest.ts";
 import { bytes, progress, table } from "../lib/run/print.ts";
+import { beginStage } from "../lib/run/stage.ts";
 
 const opt = flags(import.meta, {
   merge: "artifacts/07_merge", // holds lora_adapters/ and merged_model/
@@ -53,6 +54,10 @@ if (opt.adapterRepo.toLowerCase() === opt.mergedRepo.toLowerCase()) {
 }
 if (opt.baseModel !== unset) checkRepoId(opt.baseModel, { action: "name the base" });
 const { nothing_to_merge, model: whole } = readManifest(opt.merge)?.numbers ?? {};
+if (nothing_to_merge === true && opt.dryRun) {
+  await listWhole(String(whole));
+  Deno.exit(0);
+}
 if (nothing_to_merge === true) {
   const state = `all weights were trained, so "${opt.merge}" has no adapter and no merged model`;
   throw new Error(
@@ -96,11 +101,7 @@ for (const { kind, repo } of targets) {
 // 4. What goes where.
 for (const { repo, files } of lists) {
   console.log(`\n${opt.dryRun ? "Would go" : "Goes"} to ${site}/${repo}`);
-  console.log(table([
-    ["file", "size", "sha256", "as"],
-    ...files.map((file) => [file.path, bytes(file.bytes), file.sha256.slice(0, 12), likelyMode(file)]),
-    ["total", bytes(sum(files)), "", ""],
-  ], { header: true, align: "lrll" }));
+  showFiles(files);
 }
 if (opt.dryRun) {
   console.log(
@@ -159,6 +160,28 @@ async function finish(
       repositories,
     },
   });
+}
+
+/** The model of a run that trained all weights. This stage has no card for it and does not send it, so a dry run only lists it. */
+async function listWhole(model: string): Promise<void> {
+  const stage = await beginStage("08_upload", opt, { reads: [model] });
+  const files = await listLocal(model);
+  stage.clear();
+  console.log(
+    `\nAll weights were trained, so there is one folder, "${model}", which this stage lists and does not send:`,
+  );
+  showFiles(files);
+  const listed = files.map(({ path, bytes, sha256 }) => ({ path, bytes, sha256 }));
+  const numbers = { dry_run: true, files: files.length, bytes: sum(files), sent_bytes: 0, verified_files: 0 };
+  await stage.done({ numbers: { ...numbers, repositories: [], model, listed } });
+}
+
+function showFiles(files: readonly LocalFile[]): void {
+  console.log(table([
+    ["file", "size", "sha256", "as"],
+    ...files.map((file) => [file.path, bytes(file.bytes), file.sha256.slice(0, 12), likelyMode(file)]),
+    ["total", bytes(sum(files)), "", ""],
+  ], { header: true, align: "lrll" }));
 }
 
 function sum(files: readonly { bytes: number }[]): number {

@@ -15,11 +15,11 @@ import { exists } from "../lib/data/files.ts";
 import { BLOG_SYSTEM, BLOG_TEMPLATE, type ChatTemplate, chatTemplate, readTemplate } from "../lib/data/template.ts";
 import { loadTokenizer, streamDecoder } from "../lib/data/tokenizer.ts";
 import { readConfig } from "../lib/model/config.ts";
-import { createGenerator } from "../lib/model/generate.ts";
+import { checkPrompt, createGenerator } from "../lib/model/generate.ts";
 import { checkSampling } from "../lib/model/sample.ts";
 import { byRecipe, checkNumbers, flags, unset } from "../lib/run/flags.ts";
-import { readManifest, sha256File } from "../lib/run/manifest.ts";
 import { count, dim, duration, printable } from "../lib/run/print.ts";
+import { checkNotMerged, isMergeOf, trainedBy } from "../lib/run/trained.ts";
 
 const opt = flags(import.meta, {
   model: unset, // model folder; by default what the stages have left, as above
@@ -44,11 +44,13 @@ if (question.trim() === "") {
 
 // 1. The prompt, in the words that the model was trained on.
 const { model, adapter } = chooseModel();
+if (adapter !== undefined) checkNotMerged(model, adapter);
 const config = readConfig(model), tokenizer = loadTokenizer(model);
 const prompt = tokenizer.encode(opt.raw ? question : findTemplate().renderPrompt(question));
 
 // 2. The answer. The cache is no larger than it can become.
 const context = Math.min(config.max_position_embeddings, prompt.length + Math.max(1, Math.ceil(opt.maxNewTokens)));
+checkPrompt(prompt, { vocab: config.vocab_size, context });
 const generator = await createGenerator({ model, adapter, batch: 1, context });
 console.log(dim("A research model: it errs, and it is not for clinical use."));
 console.log(dim(`${adapter === undefined ? model : `${model} with ${adapter}`} answers.`) + "\n");
@@ -75,22 +77,16 @@ generator.destroy();
 
 /** What is asked for, or what the stages have left. */
 function chooseModel(): { model: string; adapter: string | undefined } {
-  const converted = "artifacts/01_convert", trained = "artifacts/05_train/adapter";
-  const merged = "artifacts/07_merge/merged_model", whole = "artifacts/05_train/model";
+  const converted = "artifacts/01_convert", merged = "artifacts/07_merge/merged_model", run = "artifacts/05_train";
   if (opt.model !== unset) return { model: opt.model, adapter: opt.adapter === unset ? undefined : opt.adapter };
   if (opt.adapter !== unset) return { model: converted, adapter: opt.adapter };
-  if (exists(`${trained}/adapter_config.json`)) {
-    return isMergeOf(trained) ? { model: merged, adapter: undefined } : { model: converted, adapter: trained };
-  }
-  if (exists(`${whole}/config.json`)) return { model: whole, adapter: undefined };
+  const trained = trainedBy(run);
+  if (trained?.kind === "model") return { model: trained.path, adapter: undefined };
+  if (trained !== undefined && !isMergeOf(merged, trained.path)) return { model: converted, adapter: trained.path };
   if (exists(`${merged}/config.json`)) return { model: merged, adapter: undefined };
-  throw new Error(`Cannot answer: there is neither "${merged}" nor "${trained}": run "deno task train" first`);
-}
-
-/** Whether stage 07 has merged this adapter as it is now, and not an earlier one. */
-function isMergeOf(dir: string): boolean {
-  const read = readManifest("artifacts/07_merge")?.reads.filter(({ path }) => path.startsWith(`${dir}/`)) ?? [];
-  return read.length > 0 && read.every(({ path, sha256 }) => exists(path) && sha256File(path) === sha256);
+  throw new Error(
+    `Cannot answer: there is neither a finished run in "${run}" nor "${merged}": run "deno task train" first`,
+  );
 }
 
 /** The template of the training data; the blog's where nothing is known about them. */

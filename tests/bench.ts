@@ -13,7 +13,7 @@ import { openGpu } from "../lib/gpu/device.ts";
 import { headChunk } from "../lib/model/plan.ts";
 import { tilesOf } from "../lib/ops/matmul.ts";
 import { checkNumbers, choice, flags } from "../lib/run/flags.ts";
-import { writeJson } from "../lib/run/manifest.ts";
+import { writeJson } from "../lib/data/files.ts";
 import { bytes, count, duration, percent, table } from "../lib/run/print.ts";
 import { attentionCases, decodingCases } from "./bench/attention.ts";
 import { benchGenerate, generateCases, type GenerateResult } from "./bench/generate.ts";

@@ -13,7 +13,7 @@ import { loadTokenizer } from "../lib/data/tokenizer.ts";
 import { generateAll } from "../lib/model/generate.ts";
 import { logitsOf } from "../lib/model/llama.ts";
 import { flags, unset } from "../lib/run/flags.ts";
-import { writeJson } from "../lib/run/manifest.ts";
+import { writeJson } from "../lib/data/files.ts";
 import { duration, table } from "../lib/run/print.ts";
 
 const opt = flags(import.meta, {

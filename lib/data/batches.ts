@@ -12,6 +12,7 @@ import {
   readRows,
   unlearntRows,
 } from "./dataset.ts";
+import { checkHolds } from "./files.ts";
 import type { Split } from "./records.ts";
 
 /** Rows side by side; `targets[i]` is the token that token i has to predict, or −100. */
@@ -46,6 +47,7 @@ export function readSplit(
     readonly positions: number;
   },
 ): PackedRows {
+  checkHolds(dataset, { name: `${split}.safetensors`, wanted: "a dataset folder", run: "deno task 03" });
   const path = `${dataset}/${split}.safetensors`;
   const rows = readRows(path), made = rows.metadata.tokenizer_sha256;
   if (tokenizer !== undefined && made !== undefined && made !== tokenizer) {

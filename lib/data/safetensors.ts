@@ -4,7 +4,7 @@
  * Format: https://github.com/huggingface/safetensors
  */
 import { bitsPerElement, byteLength, type Dtype, dtypes } from "./dtype.ts";
-import { exists } from "./files.ts";
+import { exists, writeWhole } from "./files.ts";
 import { scanHeader } from "./safetensors_header.ts";
 
 /** Where a tensor lies: `begin` is a byte offset from the start of its file, `bytes` its length. */
@@ -88,7 +88,9 @@ export function openModel(dir: string): TensorSource {
   if (exists(single)) return openSafetensors(single);
   const path = `${single}.index.json`;
   if (!exists(path)) {
-    throw new Error(`Cannot read "${dir}": it has no model.safetensors and no model.safetensors.index.json`);
+    throw new Error(
+      `Cannot read "${dir}": it has no model.safetensors and no model.safetensors.index.json: a model folder is wanted: run "deno task 01" first`,
+    );
   }
   let index: { weight_map?: unknown } | null;
   try {
@@ -179,9 +181,8 @@ export async function writeSafetensors(
   new DataView(head.buffer).setBigUint64(0, BigInt(length), true);
   head.set(json, 8);
 
-  const partial = `${path}.partial`;
-  const file = await Deno.open(partial, { write: true, create: true, truncate: true });
-  try {
+  await writeWhole(path, async (partial) => {
+    using file = await Deno.open(partial, { write: true, create: true, truncate: true });
     writeAll(file, head);
     for (const { name, dtype, shape, data } of sorted) {
       const bytes = await data();
@@ -192,13 +193,7 @@ export async function writeSafetensors(
       writeAll(file, bytes);
     }
     await file.sync();
-  } catch (error) {
-    file.close();
-    await Deno.remove(partial);
-    throw error;
-  }
-  file.close();
-  await Deno.rename(partial, path);
+  });
 }
 
 /** Opens a file for reading; throws one sentence that names it when it is not there. */

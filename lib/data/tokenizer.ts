@@ -3,7 +3,7 @@
  * Refuses a folder without an end-of-text token: a model that never learns to stop is of no use.
  */
 import { ByteLevelPreTokenizer, SequencePreTokenizer, Tokenizer as Library } from "@huggingface/tokenizers";
-import { exists, readJsonObject } from "./files.ts";
+import { checkHolds, exists, readJsonObject } from "./files.ts";
 
 /** A loaded tokenizer; `vocabSize` is the largest id plus one. */
 export interface Tokenizer {
@@ -46,13 +46,24 @@ const GPT2_PATTERN =
 /** Breaks a special token in two; a Unicode noncharacter, so no text that is meant for interchange holds it. */
 const BREAK = "\uFDD0";
 
+/** Throws unless the folder has the two files that every tokenizer needs. */
+export function checkTokenizer(dir: string): void {
+  for (const name of ["tokenizer.json", "tokenizer_config.json"]) {
+    checkHolds(dir, { name, wanted: "a tokenizer folder", run: "deno task 01" });
+  }
+}
+
 /**
  * Loads tokenizer.json and tokenizer_config.json (and special_tokens_map.json, chat_template.jinja) of a folder. With
  * `escapes`, `escape` works and U+FDD0 is dropped from every text. Throws when a file is missing or no eos token is named.
  */
 export function loadTokenizer(dir: string, { escapes = false }: { readonly escapes?: boolean } = {}): Tokenizer {
-  const json = readObject(`${dir}/tokenizer.json`);
-  const config = { ...readOptional(`${dir}/special_tokens_map.json`), ...readObject(`${dir}/tokenizer_config.json`) };
+  checkTokenizer(dir);
+  const json = readJsonObject(`${dir}/tokenizer.json`);
+  const config = {
+    ...readOptional(`${dir}/special_tokens_map.json`),
+    ...readJsonObject(`${dir}/tokenizer_config.json`),
+  };
   const added = (json.added_tokens ?? []) as readonly { id: number; content: string; special: boolean }[];
   if (escapes) {
     if (json.normalizer !== null && json.normalizer !== undefined) {
@@ -160,10 +171,5 @@ function readChatTemplate(dir: string, template: unknown): string | undefined {
 }
 
 function readOptional(path: string): Record<string, unknown> {
-  return exists(path) ? readObject(path) : {};
-}
-
-function readObject(path: string): Record<string, unknown> {
-  if (!exists(path)) throw new Error(`Cannot read "${path}": no such file: a tokenizer folder is wanted`);
-  return readJsonObject(path);
+  return exists(path) ? readJsonObject(path) : {};
 }

@@ -5,7 +5,7 @@
 import { fromFloat32, STORED, toFloat32 } from "../data/dtype.ts";
 import { TorchGenerator } from "../data/random.ts";
 import { openSafetensors, writeSafetensors } from "../data/safetensors.ts";
-import { readJsonObject } from "../data/files.ts";
+import { checkHolds, readJsonObject } from "../data/files.ts";
 import { type LinearModule, linearModules, linearShape, type ModelConfig, moduleName } from "./config.ts";
 
 /** The fields of adapter_config.json that the computation depends on, under PEFT's names. */
@@ -174,6 +174,7 @@ export async function saveAdapter(
  * missing; with the `config` of the model every shape must fit it too. Throws an error that names the key.
  */
 export function readAdapter(dir: string, config?: ModelConfig): Adapter {
+  checkHolds(dir, { name: "adapter_config.json", wanted: "a trained adapter", run: "deno task 05" });
   const lora = readLoraConfig(`${dir}/adapter_config.json`);
   const path = `${dir}/adapter_model.safetensors`;
   using source = openSafetensors(path);

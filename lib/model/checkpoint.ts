@@ -3,7 +3,7 @@
  * written under a temporary name and renamed, so one that has its name is whole.
  */
 import type { Dtype } from "../data/dtype.ts";
-import { removeIfThere } from "../data/files.ts";
+import { writeWhole } from "../data/files.ts";
 import { openSafetensors, writeSafetensors } from "../data/safetensors.ts";
 import { downloadBytes, type Storage } from "../gpu/tensor.ts";
 import type { Trainer } from "./trainer.ts";
@@ -26,28 +26,23 @@ export async function saveCheckpoint(
   dir: string,
   { trainer, run, also }: { trainer: Trainer; run: RunState; also: (dir: string) => Promise<void> },
 ): Promise<void> {
-  const temporary = `${dir}.partial`;
-  await removeIfThere(temporary);
-  await Deno.mkdir(temporary, { recursive: true });
   const { gpu, groups } = trainer.llama;
   const entries = [
     ...groups.map(({ name, param }) => ({ name: `param.${name}`, tensor: param })),
     ...[...trainer.optimizer.state].map(([name, tensor]) => ({ name: `state.${name}`, tensor })),
   ];
-  await writeSafetensors(
-    `${temporary}/state.safetensors`,
-    entries.map(({ name, tensor }) => ({
-      name,
-      dtype: DTYPE[tensor.dtype]!,
-      // The buffer as it is, its padding included.
-      shape: [tensor.dtype === "f32" ? tensor.bytes / 4 : tensor.bytes],
-      data: () => downloadBytes(gpu, tensor),
-    })),
-    { format: "pt", run: JSON.stringify(run) },
-  );
-  await also(temporary);
-  await removeIfThere(dir);
-  await Deno.rename(temporary, dir);
+  const tensors = entries.map(({ name, tensor }) => ({
+    name,
+    dtype: DTYPE[tensor.dtype]!,
+    // The buffer as it is, its padding included.
+    shape: [tensor.dtype === "f32" ? tensor.bytes / 4 : tensor.bytes],
+    data: () => downloadBytes(gpu, tensor),
+  }));
+  await writeWhole(dir, async (partial) => {
+    await Deno.mkdir(partial, { recursive: true });
+    await writeSafetensors(`${partial}/state.safetensors`, tensors, { format: "pt", run: JSON.stringify(run) });
+    await also(partial);
+  });
 }
 
 /** Reads a checkpoint's run state. Throws where the file is not whole or not of a run. */

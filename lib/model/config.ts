@@ -5,7 +5,7 @@
  * Dimension letters used everywhere: `B` batch, `T` tokens, `C` model width, `H` query heads, `KV` key/value heads,
  * `D` head width, `F` MLP width, `V` vocabulary, `L` layers, `R` LoRA rank.
  */
-import { readJsonObject } from "../data/files.ts";
+import { checkHolds, readJsonObject } from "../data/files.ts";
 
 /** The fields of config.json that the computation depends on, under Hugging Face's names. */
 export interface ModelConfig {
@@ -119,11 +119,15 @@ export function checkConfig(config: ModelConfig, where: string): ModelConfig {
 
 /** Reads `dir/config.json`; throws when it is not a Llama, a field is missing, or a value is one this engine does not compute. */
 export function readConfig(dir: string): ModelConfig {
+  checkHolds(dir, { name: "config.json", wanted: "a model folder", run: "deno task 01" });
   const path = `${dir}/config.json`;
   const json = readJsonObject(path);
   const refuse = (problem: string): never => {
     throw new RangeError(`Cannot read "${path}": ${problem}`);
   };
+  if (json.model_type === undefined) {
+    refuse(`model_type is missing: a converted model is wanted: run "deno task 01 --source ${dir}" first`);
+  }
   if (json.model_type !== "llama") {
     refuse(`model_type is ${JSON.stringify(json.model_type)}: only "llama" is supported`);
   }

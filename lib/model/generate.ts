@@ -146,7 +146,11 @@ async function generate(
   return answers;
 }
 
-function checkPrompt(prompt: readonly number[], { vocab, context }: { vocab: number; context: number }): void {
+/** Throws `RangeError` where a prompt is empty, has a token that the model lacks, or leaves no room for an answer. */
+export function checkPrompt(
+  prompt: readonly number[],
+  { vocab, context }: { readonly vocab: number; readonly context: number },
+): void {
   if (prompt.length === 0) throw new RangeError("Cannot generate from an empty prompt: at least one token is wanted");
   if (prompt.length >= context) {
     const state = `the context has ${context} for it and the answer`;

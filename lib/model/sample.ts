@@ -26,14 +26,14 @@ export interface Distribution {
   readonly probabilities: Float32Array;
 }
 
-/** Throws `RangeError` where a setting has no meaning. */
+/** Throws `RangeError` where a setting has no meaning, by the name of its flag. */
 export function checkSampling({ greedy, repetitionPenalty, temperature, topK, topP }: Sampling): void {
-  const bad = (name: string, value: number, wanted: string) =>
-    new RangeError(`Cannot sample with ${name} ${value}: ${wanted} is wanted`);
-  if (!(repetitionPenalty > 0)) throw bad("repetition penalty", repetitionPenalty, "a number above 0");
-  if (!greedy && !(temperature > 0)) throw bad("temperature", temperature, "a number above 0, or greedy choice");
-  if (!Number.isInteger(topK) || topK < 0) throw bad("top-k", topK, "a whole number, 0 for all");
-  if (!(topP > 0 && topP <= 1)) throw bad("top-p", topP, "a number above 0 and at most 1");
+  const bad = (flag: string, value: number, wanted: string) =>
+    new RangeError(`Cannot use ${flag} ${value}: ${wanted} is wanted`);
+  if (!(repetitionPenalty > 0)) throw bad("--repetition-penalty", repetitionPenalty, "a number above 0");
+  if (!greedy && !(temperature > 0)) throw bad("--temperature", temperature, "a number above 0, or --greedy,");
+  if (!Number.isInteger(topK) || topK < 0) throw bad("--top-k", topK, "a whole number, 0 for all,");
+  if (!(topP > 0 && topP <= 1)) throw bad("--top-p", topP, "a number above 0 and at most 1");
 }
 
 /** The next token after the tokens `seen`; `sequence` and `step` are the counters that the draw hangs on. */

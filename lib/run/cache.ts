@@ -2,7 +2,7 @@
  * What this machine measured and need not measure again: words by key, in one JSON file per kind in the user's cache folder.
  * Losing it costs time alone, so a file that cannot be read counts as empty and a folder that cannot be written is let be.
  */
-import { writeJson } from "./manifest.ts";
+import { writeJson } from "../data/files.ts";
 
 /** Words by key; `save` keeps them for later processes. */
 export interface Cache {

@@ -35,14 +35,14 @@ export type Flags<T> =
   & { -readonly [K in keyof T]: Value<T[K]> }
   & { recipe: Recipe; out: string; asMade: boolean; force: boolean; verbose: boolean; help: boolean; _: string[] };
 
-/** How {@link flags} reads words that are not flags and flags that have another name now. */
+/** How {@link flags} reads words that are not flags and flags that are known by another name. */
 export interface FlagOptions {
   /** Words without a flag land in `_` instead of being an error. */
   readonly positional?: boolean;
   /** False for what is no stage: it has no folder to write, and none of the flags about that. */
   readonly stage?: boolean;
-  /** Old camelCase name to new: the old flag still works and prints a note. */
-  readonly renamed?: Readonly<Record<string, string>>;
+  /** Another camelCase name, such as that of another tool, to the name here: it works too and prints a note. */
+  readonly aliases?: Readonly<Record<string, string>>;
 }
 
 type Bound<T> = { readonly [K in keyof T]?: T[K] extends number ? number : never };
@@ -54,11 +54,14 @@ const RECIPES: readonly Recipe[] = ["tiny", "blog"];
 const COMMON: Readonly<Record<string, string>> = {
   recipe: "tiny | blog: which defaults (also RECIPE=)",
   out: "where to write",
-  asMade: "flags that are not given are as in the run that made what is there",
+  asMade: "for flags that are not given: the values of the last run, not the defaults",
   force: "run although everything is up to date",
   verbose: "print more",
   help: "print this",
 };
+
+/** The flags of each result that stood on the command line. */
+const typed = new WeakMap<object, readonly string[]>();
 
 /** A default that depends on the recipe: `byRecipe({ tiny: 4, blog: 16 })`. */
 export function byRecipe<T>(values: { readonly tiny: T; readonly blog: T }): ByRecipe<T> {
@@ -130,7 +133,7 @@ export function parseFlags<const T extends Readonly<Record<string, unknown>>>(
     help: false,
   };
   const keys = new Map(Object.keys(all).map((key) => [kebab(key), key]));
-  for (const [old, key] of Object.entries(options.renamed ?? {})) keys.set(kebab(old), key);
+  for (const [alias, key] of Object.entries(options.aliases ?? {})) keys.set(kebab(alias), key);
   const isBoolean = (name: string) => typeof resolve(all[keys.get(name)!], "tiny") === "boolean";
   const isList = (name: string) => Array.isArray(resolve(all[keys.get(name)!], "tiny"));
   const names = [...keys.keys()];
@@ -158,7 +161,7 @@ export function parseFlags<const T extends Readonly<Record<string, unknown>>>(
       value = isList(name) && values.length > 0 ? values.join() : values.at(-1);
     if (value === undefined) continue;
     texts.set(key, value as string | boolean);
-    if (name !== kebab(key)) console.error(`Note: --${name} is now --${kebab(key)}`);
+    if (name !== kebab(key)) console.error(`Note: --${name} is called --${kebab(key)} here`);
   }
   const recipe = (texts.get("recipe") ?? (options.recipe === "" ? undefined : options.recipe) ?? RECIPES[0]) as Recipe;
   if (!RECIPES.includes(recipe)) {
@@ -175,7 +178,16 @@ export function parseFlags<const T extends Readonly<Record<string, unknown>>>(
     if (texts.has(key) || typeof value !== typeof result[key] || words?.includes(value as string) === false) continue;
     result[key] = value;
   }
-  return { ...result, _: given._.map(String) } as Flags<T>;
+  const opt = { ...result, _: given._.map(String) } as Flags<T>;
+  typed.set(opt, Object.keys(defaults).filter((key) => texts.has(key)).map((key) => `--${kebab(key)}`));
+  return opt;
+}
+
+/**
+ * The script's own flags that stood on the command line, as `--max-steps`; not those that the recipe or the last run decided.
+ */
+export function givenFlags(opt: Flags<unknown>): readonly string[] {
+  return typed.get(opt) ?? [];
 }
 
 /**

@@ -3,7 +3,7 @@
  * and on a dark screen. It fetches nothing, runs no script in the reader's browser, and computes no statistics.
  */
 import type { TopLevelSpec } from "vega-lite";
-import { writeAtomic } from "./manifest.ts";
+import { writeAtomic } from "../data/files.ts";
 import { table as tableText } from "./print.ts";
 
 /** One part of a page; only `charts` and `html` are markup, all else is text. */

@@ -2,7 +2,7 @@
  * The log of a training run: one JSON object per line, appended as it happens, cut back to a checkpoint on resume, and at
  * the end drawn as a page. It knows the names of the fields, not how they come about.
  */
-import { writeAtomic, writeJson } from "./manifest.ts";
+import { writeAtomic, writeJson } from "../data/files.ts";
 import { lineChart, type Series, writeReport } from "./report.ts";
 
 /** One line: an update (`loss`, `grad_norm`, …) or an evaluation (`eval_loss`, …) after update `step`. */

@@ -178,7 +178,11 @@ Deno.test("openModel() reads shards as one model and refuses an index that does 
     shape: [],
     data: () => new Uint8Array(Float32Array.of(value).buffer),
   });
-  assertThrows(() => openModel(dir), Error, "it has no model.safetensors and no model.safetensors.index.json");
+  assertThrows(
+    () => openModel(dir),
+    Error,
+    'no model.safetensors.index.json: a model folder is wanted: run "deno task 01"',
+  );
   const [first, second] = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
   await writeSafetensors(`${dir}/${first}`, [sink("a", 1), sink("b", 2)]);
   await writeSafetensors(`${dir}/${second}`, [sink("c", 3)]);

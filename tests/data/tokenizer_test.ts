@@ -38,7 +38,7 @@ Deno.test("loadTokenizer() throws when no eos token is named", () => {
   const dir = folder({ config: { eos_token: null } });
   assertThrows(() => loadTokenizer(dir), Error, "it names no eos_token");
   assertThrows(() => loadTokenizer(folder({ config: { eos_token: "</s>" } })), Error, 'its vocabulary lacks "</s>"');
-  assertThrows(() => loadTokenizer(`${dir}/none`), Error, "no such file");
+  assertThrows(() => loadTokenizer(`${dir}/none`), Error, "no such folder: a tokenizer folder is wanted");
 });
 
 Deno.test("loadTokenizer() reads the chat template from the config, a list of them, or its file", () => {

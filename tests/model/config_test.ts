@@ -110,7 +110,11 @@ Deno.test("readConfig() refuses what this engine does not compute and what is mi
     [{ dtype: "int8" }, 'dtype is "int8"'],
   ];
   for (const [change, words] of refused) assertThrows(() => changed(change), RangeError, words);
-  assertThrows(() => readConfig("nowhere"), Error, 'Cannot read "nowhere/config.json": no such file');
+  assertThrows(
+    () => readConfig("nowhere"),
+    Error,
+    'Cannot read "nowhere": no such folder: a model folder is wanted: run',
+  );
 });
 
 Deno.test("configJson() writes floats as Python does and takes further fields", () => {

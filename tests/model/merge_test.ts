@@ -326,7 +326,12 @@ Deno.test({
       assertEquals([wrong.code, wrong.err.split("\n").length], [1, 1]);
       assertStringIncludes(wrong.err, `Cannot merge onto "${MODEL_4BIT}": its weights are in 4 bit`);
 
+      // A folder called model is one that stage 05 trained only where its manifest says so.
       write("trained/model/config.json", "{}");
+      const elsewhere = await run(...paths, "--adapter", "trained/adapter");
+      assertEquals([elsewhere.code, elsewhere.err], [1, 'Cannot read "trained/adapter": no such file or folder']);
+      const rest = { flags: {}, seconds: 1, device: null, reads: [], writes: [] };
+      write("trained/manifest.json", JSON.stringify({ ...rest, script: "05_train", numbers: { mode: "full" } }));
       const full = await run(...paths, "--adapter", "trained/adapter");
       assertEquals(full.code, 0, full.err);
       assertStringIncludes(

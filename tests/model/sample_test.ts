@@ -107,11 +107,11 @@ Deno.test("checkSampling() refuses settings without a meaning", () => {
   checkSampling(NEUTRAL);
   checkSampling({ ...NEUTRAL, greedy: true, temperature: 0 });
   const refused: [Partial<Sampling>, string][] = [
-    [{ temperature: 0 }, "Cannot sample with temperature 0: a number above 0, or greedy choice is wanted"],
-    [{ topP: 0 }, "Cannot sample with top-p 0: a number above 0 and at most 1 is wanted"],
-    [{ topP: 1.1 }, "Cannot sample with top-p 1.1: a number above 0 and at most 1 is wanted"],
-    [{ topK: -1 }, "Cannot sample with top-k -1: a whole number, 0 for all is wanted"],
-    [{ repetitionPenalty: 0 }, "Cannot sample with repetition penalty 0: a number above 0 is wanted"],
+    [{ temperature: 0 }, "Cannot use --temperature 0: a number above 0, or --greedy, is wanted"],
+    [{ topP: 0 }, "Cannot use --top-p 0: a number above 0 and at most 1 is wanted"],
+    [{ topP: 1.1 }, "Cannot use --top-p 1.1: a number above 0 and at most 1 is wanted"],
+    [{ topK: -1 }, "Cannot use --top-k -1: a whole number, 0 for all, is wanted"],
+    [{ repetitionPenalty: 0 }, "Cannot use --repetition-penalty 0: a number above 0 is wanted"],
   ];
   for (const [change, message] of refused) {
     assertThrows(() => checkSampling({ ...NEUTRAL, ...change }), RangeError, message);

@@ -1,6 +1,6 @@
 /** Tests of the command line: what is read, what its type is, what is refused, and what a script prints when it is. */
 import { assert, assertEquals, assertMatch, assertStringIncludes, assertThrows } from "@std/assert";
-import { byRecipe, checkNumbers, choice, helpText, parseFlags, unset } from "../../lib/run/flags.ts";
+import { byRecipe, checkNumbers, choice, givenFlags, helpText, parseFlags, unset } from "../../lib/run/flags.ts";
 
 const FLAGS = new URL("../../lib/run/flags.ts", import.meta.url).href;
 const CONFIG = new URL("../../deno.json", import.meta.url).pathname;
@@ -86,6 +86,13 @@ Deno.test("--as-made gives what is not given the values of the run before, where
   assertEquals([plain.lr, asked.length], [2e-4, 1]);
 });
 
+Deno.test("givenFlags() names what stood on the command line, and not what a default or the run before decided", () => {
+  const made = () => ({ lr: 3 });
+  assertEquals(givenFlags(parse("--as-made", { made })), []);
+  const found = parse("--as-made --out x --steps 7 --no-private --targets a", { made, aliases: { steps: "maxSteps" } });
+  assertEquals(givenFlags(found), ["--max-steps", "--private", "--targets"]);
+});
+
 Deno.test("flags() of what is no stage has none about a folder", () => {
   assertEquals(Object.keys(parse("", { stage: false })).filter((key) => ["out", "force", "asMade"].includes(key)), []);
   assertThrows(() => parse("--out x", { stage: false }), SyntaxError, 'flag "--out"');
@@ -113,16 +120,16 @@ Deno.test("flags() collects words without a flag where the script takes them", (
   assertEquals(ask("--", "--greedy").greedy, false);
 });
 
-Deno.test("flags() takes an old name for a new one", () => {
+Deno.test("flags() takes another name of a flag, and says what it is called here", () => {
   const said: unknown[] = [];
   const { error } = console;
   console.error = (text) => said.push(text);
   try {
-    assertEquals(parse("--steps 7", { renamed: { steps: "maxSteps" } }).maxSteps, 7);
+    assertEquals(parse("--steps 7", { aliases: { steps: "maxSteps" } }).maxSteps, 7);
   } finally {
     console.error = error;
   }
-  assertEquals(said, ["Note: --steps is now --max-steps"]);
+  assertEquals(said, ["Note: --steps is called --max-steps here"]);
 });
 
 Deno.test("flags() refuses what it does not understand and names it", () => {

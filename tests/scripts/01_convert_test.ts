@@ -1,6 +1,6 @@
 /** What 01 refuses: each mistake is one line on stderr, status 1, and nothing that the next stage would take for a result. */
 import { assert, assertEquals } from "@std/assert";
-import { sha256File } from "../../lib/run/manifest.ts";
+import { sha256File } from "../../lib/data/files.ts";
 import { NO_GPU } from "../on_gpu.ts";
 import { assertNothingPartial, assertRefused, attempt, command, inFolder, ROOT, stage, walk } from "./process.ts";
 
@@ -8,11 +8,16 @@ Deno.test("01 refuses a checkpoint that is missing, cut off, foreign or contradi
   inFolder(async (dir) => {
     const refused = async (line: string, message: RegExp) => {
       assertRefused(await attempt(dir, "01_convert", line), message);
-      const left = walk(dir).filter((path) => /artifacts\/.*(manifest\.json|\.partial|\.tmp)$/.test(path));
+      const left = walk(dir).filter((path) => /artifacts\/.*(manifest\.json|\.partial)$/.test(path));
       assert(left.length === 0, left.join(", "));
     };
     await refused("--source nowhere", /^Cannot read "nowhere": no such file or folder$/m);
     await refused("--source qa", /^Cannot read "qa": it holds no checkpoint/);
+    Deno.mkdirSync(`${dir}/round/sub`, { recursive: true });
+    for (const name of ["one", "two"]) Deno.symlinkSync("..", `${dir}/round/sub/${name}`);
+    await refused("--source round", /^Cannot read "round": it holds no checkpoint .*: name one checkpoint file$/m);
+    Deno.symlinkSync("itself", `${dir}/round/itself`);
+    await refused("--source round", /^Cannot read "round\/itself": it is a link to nothing: remove it, or mend it$/m);
     await refused("--source tiny --sauce qa", /^Cannot read flag "--sauce": this script has --source --rope /);
     await refused("--source tiny --dtype float8", /"float8" is not one of float32, float16, bfloat16$/m);
     await refused("--source", /^Cannot read flag "--source": a value must follow it$/m);

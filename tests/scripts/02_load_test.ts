@@ -21,10 +21,27 @@ Deno.test(
       await refused("--model elsewhere", /^Cannot read "elsewhere": no such file or folder$/m);
       await refused(
         "--model tiny",
-        /^Cannot read "tiny\/config.json": model_type is undefined: only "llama" is supported$/m,
+        /^Cannot read "tiny\/config.json": model_type is missing: a converted model is wanted: run "deno task 01 --source tiny" /,
+      );
+      await refused(
+        "--model qa",
+        /^Cannot read "qa": it has no config.json: a model folder is wanted: run "deno task 01" first$/m,
       );
       await refused("--mode lora4", /^Cannot read flag "--mode": "lora4" is not one of qlora, lora, full$/m);
       await refused("--double-quant=yes", /^Cannot read flag "--double-quant": "yes" is not true or false$/m);
+
+      for (const mode of ["lora", "full"]) {
+        await refused(
+          `--mode ${mode} --dtype bfloat16`,
+          new RegExp(
+            `^Cannot use --dtype with --mode ${mode}: the weights stay as stage 01 stored them: leave it out, or `,
+          ),
+        );
+        await refused(
+          `--mode ${mode} --double-quant true`,
+          new RegExp(`^Cannot use --double-quant with --mode ${mode}: nothing is quantized: leave it out$`, "m"),
+        );
+      }
 
       // Layers that config.json does not know must not be left out without a word.
       Deno.mkdirSync(`${dir}/deep`);

@@ -10,7 +10,10 @@ Deno.test("03 refuses data that it would have to guess at, and rows that teach n
       assertKept();
     };
     await refused("--source nowhere", /^Cannot read "nowhere": no such file or folder$/m);
-    await refused("--source qa --tokenizer qa", /^Cannot read "qa\/tokenizer.json": no such file or folder$/m);
+    await refused(
+      "--source qa --tokenizer qa",
+      /^Cannot read "qa": it has no tokenizer.json: a tokenizer folder is wanted: run "deno task 01" first$/m,
+    );
     await refused("--source qa --template mine.jinja", /^Cannot read "mine.jinja": no such file or folder$/m);
     Deno.writeTextFileSync(`${dir}/open.jinja`, "{% if messages %}");
     await refused("--source qa --template open.jinja", /^Cannot parse the chat template: /);

@@ -1,5 +1,5 @@
 /** What 04 refuses, each in one line on stderr with status 1. */
-import { assertEquals, assertNotEquals } from "@std/assert";
+import { assertEquals, assertMatch, assertNotEquals } from "@std/assert";
 import { rounded } from "../../lib/data/dtype.ts";
 import { readAdapter } from "../../lib/model/adapter.ts";
 import { NO_GPU } from "../on_gpu.ts";
@@ -16,7 +16,10 @@ Deno.test(
         assertKept();
       };
       await refused("", /^Cannot read "artifacts\/02_load": run "deno task 02" first$/m);
-      await refused("--model qa", /^Cannot read "qa\/load.json": no such file$/m);
+      await refused(
+        "--model qa",
+        /^Cannot read "qa": it has no load.json: a loaded model is wanted: run "deno task 02" first$/m,
+      );
 
       Deno.mkdirSync(`${dir}/model`);
       for (const name of ["config.json", "model.safetensors"]) {
@@ -38,9 +41,18 @@ Deno.test(
       );
       load("full");
       await refused(
-        "--model model",
-        /^Cannot make an adapter for "model": it was loaded with --mode full, .*: run "deno task 02/,
+        "--model model --r 4",
+        /^Cannot make an adapter for "model" with --r: it was loaded with --mode full, .*: run "deno task 02 --mode qlora/,
       );
+      load("half");
+      await refused(
+        "--model model",
+        /^Cannot read "model\/load.json": its mode is "half" and its base "b": .* are wanted: run "deno task 02 --force/,
+      );
+      load("full");
+      const { numbers, printed } = await stage(dir, "04_lora", "--model model");
+      assertEquals(numbers, { nothing_to_adapt: true });
+      assertMatch(printed, /^There is nothing to adapt in "model": it was loaded with --mode full, so [^\n]*\n$/);
     }),
 );
 

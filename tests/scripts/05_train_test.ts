@@ -57,6 +57,14 @@ Deno.test("05 refuses what does not fit together, and says which", { ignore: NO_
       /^Cannot read ".*adapter_model.safetensors": tensor ".*" is \[8, 64\] but must be /,
     );
 
+    const kinds = { model: "loaded model", dataset: "dataset folder", adapter: "adapter" };
+    for (const [flag, kind] of Object.entries(kinds)) {
+      await refused(
+        `--${flag} qa`,
+        new RegExp(`^Cannot read "qa": it has no \\S+: an? ${kind} is wanted: run "deno task 0[234]" first$`, "m"),
+      );
+    }
+
     // Rows.
     const original = `${dir}/artifacts/03_dataset`;
     const rows = readRows(`${original}/train.safetensors`);
@@ -92,7 +100,10 @@ Deno.test("05 refuses what does not fit together, and says which", { ignore: NO_
       /^Cannot read "data\/train.safetensors": its tensors end at byte \d+ but the file ends /,
     );
     Deno.removeSync(`${data}/train.safetensors`);
-    await refused("--dataset data", /^Cannot read "data\/train.safetensors": no such file$/m);
+    await refused(
+      "--dataset data",
+      /^Cannot read "data": it has no train.safetensors: a dataset folder is wanted: run "deno task 03" first$/m,
+    );
     copy(original, data);
     const none = {
       inputIds: new Int32Array(),

@@ -19,7 +19,7 @@ Deno.test("06 refuses numbers that have no meaning, and rows that are not for th
         new RegExp(`^Cannot use --samples ${samples}: a whole number of at least 0`),
       );
     }
-    await refused("--top-p 2", /^Cannot sample with top-p 2: /);
+    await refused("--top-p 2", /^Cannot use --top-p 2: a number above 0 and at most 1 is wanted$/m);
 
     Deno.mkdirSync(`${dir}/model`);
     for (const file of ["golden/tiny/model_hf/config.json", "tiny/tokenizer/tokenizer.json"]) {
@@ -29,8 +29,24 @@ Deno.test("06 refuses numbers that have no meaning, and rows that are not for th
     await stage(dir, "03_dataset", "--source qa --tokenizer tokenizer");
     const rows = readRows(`${dir}/artifacts/03_dataset/test.safetensors`);
     await refused("--model model --tuned nowhere", /^Cannot read "nowhere": no such file or folder/m);
+    const adapter = `--model model --adapter ${ROOT}fixtures/golden/tiny/generate_adapter`;
+    await refused(
+      `${adapter} --max-new-tokens 256`,
+      /^Cannot use --max-new-tokens 256: the model of "model" has 256 positions for a prompt and its answer: a smaller /,
+    );
+    await refused(
+      `${adapter} --tuned model`,
+      /^Cannot compare with --tuned "model" and --adapter ".*": one of them is /,
+    );
+    for (const wrong of ["--adapter qa", "--dataset qa", "--model qa", "--tuned qa"]) {
+      const given = wrong.startsWith("--tuned") ? "--model model" : adapter;
+      await refused(
+        `${given} ${wrong}`,
+        /^Cannot read "qa": it has no \S+: a .* is wanted: run "deno task 0[135]" first$/m,
+      );
+    }
     Deno.mkdirSync(`${dir}/data`);
-    const line = `--model model --adapter ${ROOT}fixtures/golden/tiny/generate_adapter --dataset data`;
+    const line = `${adapter} --dataset data`;
     await writeRows(`${dir}/data/test.safetensors`, { ...rows, metadata: { tokenizer_sha256: "0" } });
     await refused(
       line,

@@ -3,7 +3,7 @@ import { assert, assertEquals, assertMatch, assertStringIncludes } from "@std/as
 import { chatTemplate } from "../../lib/data/template.ts";
 import { loadTokenizer } from "../../lib/data/tokenizer.ts";
 import { generateAll } from "../../lib/model/generate.ts";
-import { sha256File } from "../../lib/run/manifest.ts";
+import { sha256File } from "../../lib/data/files.ts";
 import { goldenPath } from "../check.ts";
 import { NO_GPU as ignore } from "../on_gpu.ts";
 
@@ -64,6 +64,9 @@ Deno.test("ask --raw --greedy writes transformers' text: of the merged model whe
     copy(goldenPath("tiny/model_hf"), `${dir}/artifacts/01_convert`);
     copy(goldenPath("tiny/tokenizer"), `${dir}/artifacts/01_convert`);
     copy(adapter, `${dir}/artifacts/05_train/adapter`);
+    const rest = { flags: {}, reads: [], writes: [], numbers: {} };
+    const run = JSON.stringify({ ...rest, script: "05_train" });
+    Deno.writeTextFileSync(`${dir}/artifacts/05_train/manifest.json`, run);
     const apart = "artifacts/01_convert with artifacts/05_train/adapter", merged = "artifacts/07_merge/merged_model";
     await expected("model_hf + generate_adapter", 1.1, apart);
     // What stands for the merge is the base: its answer shows who gave it.
@@ -74,13 +77,18 @@ Deno.test("ask --raw --greedy writes transformers' text: of the merged model whe
       return { path, sha256: sha256File(`${dir}/${path}`) };
     });
     const manifest = `${dir}/artifacts/07_merge/manifest.json`;
-    const rest = { script: "07_merge", flags: {}, writes: [], numbers: {} };
-    Deno.writeTextFileSync(manifest, JSON.stringify({ ...rest, reads }));
+    const merge = (reads: unknown[]) =>
+      Deno.writeTextFileSync(manifest, JSON.stringify({ ...rest, script: "07_merge", reads }));
+    merge(reads);
     await expected("model_hf", 1, merged);
-    Deno.writeTextFileSync(
-      manifest,
-      JSON.stringify({ ...rest, reads: [reads[0], { ...reads[1], sha256: "another" }] }),
-    );
+    // What is merged is not added once more, wherever the adapter lies.
+    const twice = await ask(dir, ["why", "--model", merged, "--adapter", adapter]);
+    const state = `stage 07 merged "${adapter}" into it already`;
+    assertEquals([twice.code, twice.err], [
+      1,
+      `Cannot add an adapter to "${merged}": ${state}: leave --adapter out, or name the base with --model\n`,
+    ]);
+    merge([reads[0], { ...reads[1], sha256: "another" }]);
     await expected("model_hf + generate_adapter", 1.1, apart);
     Deno.removeSync(`${dir}/artifacts/05_train`, { recursive: true });
     await expected("model_hf", 1, merged);
@@ -120,14 +128,24 @@ Deno.test("ask refuses in one line what it cannot do", { ignore }, () =>
   trial(async (dir) => {
     copy(goldenPath("tiny/model_hf"), `${dir}/model`);
     copy(goldenPath("tiny/tokenizer"), `${dir}/model`);
+    Deno.removeSync(`${dir}/model/model.safetensors`); // none of this is worth opening the weights
     const refused: [string[], string][] = [
       [[], 'Cannot answer: there is no question: ask one, as in deno task ask "What are the symptoms of anemia?"'],
       [
         ["why"],
-        'Cannot answer: there is neither "artifacts/07_merge/merged_model" nor "artifacts/05_train/adapter": ' +
+        'Cannot answer: there is neither a finished run in "artifacts/05_train" nor "artifacts/07_merge/merged_model": ' +
         'run "deno task train" first',
       ],
-      [["why", "--temperature", "0"], "Cannot sample with temperature 0: a number above 0, or greedy choice is wanted"],
+      [
+        ["why", "--model", "nowhere"],
+        'Cannot read "nowhere": no such folder: a model folder is wanted: run "deno task 01" first',
+      ],
+      [
+        ["why", "--model", "model", "--adapter", "model"],
+        'Cannot read "model": it has no adapter_config.json: a trained adapter is wanted: run "deno task 05" first',
+      ],
+      [["why", "--temperature", "0"], "Cannot use --temperature 0: a number above 0, or --greedy, is wanted"],
+      [["why", "--top-p", "1.5"], "Cannot use --top-p 1.5: a number above 0 and at most 1 is wanted"],
       [
         ["1 ".repeat(300), "--model", "model", "--raw"],
         "Cannot generate from a prompt of 301 tokens: the context has 256 for it and the answer",

@@ -15,7 +15,17 @@ import { learningRate } from "../../lib/model/schedule.ts";
 import { evaluate, labelledTokens } from "../../lib/model/trainer.ts";
 import type { Manifest } from "../../lib/run/manifest.ts";
 import { NO_GPU } from "../on_gpu.ts";
-import { assertNothingPartial, assertRefused, attempt, contentOf, inFolder, readJson, stage, walk } from "./process.ts";
+import {
+  assertNothingPartial,
+  assertRefused,
+  attempt,
+  contentOf,
+  inFolder,
+  readJson,
+  ROOT,
+  stage,
+  walk,
+} from "./process.ts";
 
 type Numbers = Record<string, number>;
 /** A line of log.jsonl. */
@@ -181,8 +191,19 @@ Deno.test(
 
       // A folder that is no adapter is not taken for a model that was trained as a whole: the merge stays.
       const wrong = await attempt(dir, "07_merge", "--adapter artifacts/02_load");
-      assertRefused(wrong, /^Cannot read "artifacts\/02_load\/adapter_config.json": no such file/m);
+      assertRefused(
+        wrong,
+        /^Cannot read "artifacts\/02_load": it has no adapter_config.json: a trained adapter is wanted: run "deno task 05" first$/m,
+      );
       assert(exists(at("07_merge/merged_model/model.safetensors")) && exists(at("07_merge/manifest.json")));
+
+      // What is merged is not added once more.
+      const twice = "--model artifacts/07_merge/merged_model --out again";
+      for (const script of ["06_evaluate", "07_merge"]) {
+        const state =
+          /^Cannot add an adapter to "artifacts\/07_merge\/merged_model": stage 07 merged ".*adapter" into it /m;
+        assertRefused(await attempt(dir, script, twice), state);
+      }
 
       const answer = await attempt(dir, "ask", "Why? --greedy --max-new-tokens 4");
       assertEquals([answer.code, answer.err], [0, ""], answer.out);
@@ -297,8 +318,69 @@ Deno.test(
       assertEquals((await stage(dir, "07_merge")).numbers.nothing_to_merge, true);
       assertEquals(walk(at("07_merge")), [at("07_merge/manifest.json")]);
       assertRefused(
-        await attempt(dir, "08_upload"),
+        await attempt(dir, "08_upload", "--dry-run false --adapter-repo a/b --merged-repo a/c"),
         /^Cannot upload: all weights were trained, .*: the trained model is the folder "artifacts\/05_train\/model", which/,
       );
+    }),
+);
+
+/** The lines that a task of deno.json runs, those of the tasks that it calls in their place. */
+function linesOf(task: string): string[] {
+  const { tasks } = readJson<{ tasks: Record<string, string> }>(`${ROOT}deno.json`);
+  return tasks[task]!.split(" && ").flatMap((line) => {
+    const [, name, rest] = /^deno task (\w+)(.*)$/.exec(line)!;
+    return /^\d/.test(name!) ? [`${/scripts\/(\w+)\.ts/.exec(tasks[name!]!)![1]}${rest}`] : linesOf(name!);
+  });
+}
+
+Deno.test(
+  "the task of all stages goes through after 02 --mode full, and comes back to an adapter with the mode",
+  { ignore: NO_GPU },
+  () =>
+    inFolder(async (dir) => {
+      const at = (path: string) => `${dir}/artifacts/${path}`;
+      const all = linesOf("all").map((line) => line.split(" "));
+      assertEquals(all.map(([script]) => script!.slice(0, 2)), ["01", "02", "03", "04", "05", "06", "07", "08"]);
+      /** Runs the task; says which stages were at work. */
+      const runAll = async () => {
+        const worked: string[] = [];
+        for (const [script, ...words] of all) {
+          const { code, out, err } = await attempt(dir, script!, words.join(" "));
+          assertEquals([code, err], [0, ""], `${script}\n${out}${err}`);
+          if (!out.includes(" is up to date (")) worked.push(script!.slice(0, 2));
+        }
+        return worked.join(" ");
+      };
+      await stage(dir, "01_convert", "--source tiny");
+      await stage(dir, "02_load", "--mode full");
+      await stage(dir, "03_dataset", "--source qa");
+      await stage(dir, "05_train", "--max-steps 2 --batch-size 2 --learning-rate 1e-3 --eval-steps 0 --save-steps 0");
+      await stage(dir, "06_evaluate", "--samples 1 --max-new-tokens 4");
+
+      assertEquals(await runAll(), "04 07 08");
+      const files = (stage: string) => walk(at(stage)).map((path) => path.slice(at(stage).length + 1)).sort();
+      const numbers = (stage: string) => readJson<Manifest>(at(`${stage}/manifest.json`)).numbers;
+      const model = "artifacts/05_train/model";
+      assertEquals([files("04_lora"), numbers("04_lora")], [["manifest.json"], { nothing_to_adapt: true }]);
+      assertEquals([files("07_merge"), numbers("07_merge")], [["manifest.json"], { nothing_to_merge: true, model }]);
+      const listed = numbers("08_upload").listed as { path: string }[];
+      assertEquals(
+        listed.map(({ path }) => `model/${path}`),
+        files("05_train").filter((path) => /^model\//.test(path)),
+      );
+      const evaluated = readJson<Manifest>(at("06_evaluate/manifest.json")).reads.map(({ path }) => path);
+      assert(evaluated.includes(`${model}/model.safetensors`) && !evaluated.some((path) => path.includes("adapter")));
+      assertEquals(await runAll(), "");
+
+      // Another mode: everything behind it is made again, and each stage finds what is there now.
+      await stage(dir, "02_load", "--mode qlora");
+      assertEquals(await runAll(), "04 05 06 07 08");
+      assert(files("04_lora").includes("adapter_model.safetensors"));
+      assert(files("05_train").includes("adapter/adapter_model.safetensors") && !exists(at("05_train/model")));
+      assert(files("07_merge").includes("merged_model/model.safetensors"));
+      assertEquals([numbers("05_train").mode, numbers("08_upload").files], ["qlora", files("07_merge").length + 1]);
+      await stage(dir, "02_load", "--mode full");
+      assertEquals(await runAll(), "04 05 06 07 08");
+      assertEquals(files("04_lora"), ["manifest.json"]);
     }),
 );

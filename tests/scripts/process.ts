@@ -73,7 +73,7 @@ export function earlierResult(dir: string, script: string): () => void {
 
 /** All files under a folder, and none of what a process leaves while it writes. */
 export function assertNothingPartial(dir: string): void {
-  const left = walk(dir).filter((path) => /\.(tmp|partial)(\/|$)/.test(path));
+  const left = walk(dir).filter((path) => /\.partial(\/|$)/.test(path));
   assert(left.length === 0, `left over: ${left.join(", ")}`);
 }
 

@@ -32,10 +32,10 @@ const beforeTheFirstCheckpoint: Moment = (out) =>
 const whileWriting = (step: number, bytes: number): Moment => (out) =>
   exists(`${out}/checkpoints`) &&
   [...Deno.readDirSync(`${out}/checkpoints`)].some(({ name }) => {
-    const [, number] = /^step-(\d+)\.partial$/.exec(name) ?? [];
+    const [, number] = /^step-(\d+)\.\d+\.partial$/.exec(name) ?? [];
     if (number === undefined || Number(number) < step) return false;
-    const file = `${out}/checkpoints/${name}/state.safetensors.partial`;
-    return bytes === 0 || (exists(file) && Deno.statSync(file).size >= bytes);
+    const file = `${out}/checkpoints/${name}/state.safetensors`, partial = `${file}.${name.split(".")[1]}.partial`;
+    return bytes === 0 || (exists(partial) && Deno.statSync(partial).size >= bytes);
   });
 
 /** At a time that nobody chose, after at least `count` more lines of the log, which is cut when the run goes on. */

@@ -2,15 +2,16 @@
  * Tests of stages as processes: when they run, when they are up to date, what they write down, and what a second process,
  * a killed one or a foreign folder does to them. The stage copies its input in capitals.
  */
-import { assert, assertEquals, assertMatch, assertNotEquals, assertRejects, assertStringIncludes } from "@std/assert";
+import { assert, assertEquals, assertMatch, assertStringIncludes } from "@std/assert";
 import { createHash } from "node:crypto";
-import { checkInput, type Manifest, readManifest, sha256File, writeAtomic, writeJson } from "../../lib/run/manifest.ts";
+import { type Manifest, readManifest } from "../../lib/run/manifest.ts";
+import { checkInput } from "../../lib/run/stage.ts";
 
 const LIB = new URL("../../lib/run/", import.meta.url).href;
 const CONFIG = new URL("../../deno.json", import.meta.url).pathname;
 const SCRIPT = `/** A stage. */
 import { flags } from "${LIB}flags.ts";
-import { beginStage } from "${LIB}manifest.ts";
+import { beginStage } from "${LIB}stage.ts";
 const opt = flags(import.meta, { source: "in", factor: 2, wait: false, bad: false, reuse: false, refuse: false, saves: true, name: "09_copy" });
 const stage = await beginStage(opt.name, opt, { reads: [opt.source, "", "hf:owner/name"] });
 if (opt.refuse) throw new RangeError("Cannot use this input: it is bad");
@@ -164,13 +165,18 @@ Deno.test("a stage empties its folder of an earlier run, unless it goes on with 
   onBench(async ({ dir, run, write, files }) => {
     await run();
     write(`${OUT}/old.txt`, "of an earlier version");
-    write(`${OUT}/half.safetensors.12.tmp`, "of a process that was killed");
+    const leave = () => {
+      write(`${OUT}/half.safetensors.12.partial`, "of a process that was killed");
+      write(`${OUT}/checkpoints/step-1.12.partial/half.safetensors.12.partial`, "and of another");
+    };
+    leave();
     assertEquals((await run("--force --reuse")).code, 0);
     assert(files().includes(`${OUT}/old.txt`));
-    assertEquals(files().filter((path) => path.endsWith(".tmp")), []);
+    assertEquals(files().filter((path) => path.includes(".partial")), []);
     assertEquals(readManifest(`${dir}/${OUT}`)!.writes.map(({ path }) => path), ["a.txt", "deep/er/last", "old.txt"]);
+    leave();
     assertEquals((await run("--force")).code, 0);
-    assertEquals(files().includes(`${OUT}/old.txt`), false);
+    assertEquals(files().filter((path) => /old|partial/.test(path)), []);
   }));
 
 Deno.test("a stage that refuses its input leaves the earlier result as it was", () =>
@@ -206,6 +212,34 @@ Deno.test("a stage that fails at work puts the earlier result back, also after a
     assertEquals(files(), written, "what was set aside is gone");
   }));
 
+Deno.test("a run that was killed after its manifest is whole: the result before it is not wanted any more", () =>
+  onBench(async ({ dir, run, write, files }) => {
+    await run();
+    const before = files();
+    const leave = () => {
+      write(`${OUT}/.before/a.txt`, "of the result before");
+      write(`${OUT}/.before/manifest.json`, "{}");
+      write(`${OUT}/.lock`, "09_copy pid 1\n");
+    };
+    leave();
+    assertEquals(await run(), { code: 0, out: UP_TO_DATE, err: "" });
+    assertEquals(files(), before);
+    leave();
+    assertEquals((await run("--factor 5 --bad --saves=false")).code, 1);
+    assertEquals([files(), Deno.readTextFileSync(`${dir}/${OUT}/a.txt`)], [before, "FIRST"]);
+  }));
+
+Deno.test("a stage that writes into a folder that it reads is up to date all the same", () =>
+  onBench(async ({ run, write }) => {
+    for (const line of ["--out in/new", "--out=./in/../in/new"]) {
+      assertEquals((await run(line)).code, 0, line);
+      const { code, out, err } = await run(line);
+      assertEquals([code, out.includes("is up to date ("), err], [0, true, ""], line);
+    }
+    write("in/a.txt", "changed");
+    assertStringIncludes((await run("--out in/new")).out, "working\n");
+  }));
+
 Deno.test("a stage refuses an input that its own result would replace", () =>
   onBench(async ({ dir, run, files }) => {
     await run();
@@ -229,7 +263,7 @@ Deno.test("a stage says in one line that an input was made with another recipe",
   }));
 
 Deno.test("a stage says in one line which of the stages behind its input is no longer of what is there", () =>
-  onBench(async ({ run, write }) => {
+  onBench(async ({ dir, run, write }) => {
     const first = "--out artifacts/01_first --name 01_first";
     const second = "--source artifacts/01_first --out artifacts/02_second --name 02_second";
     for (const line of [first, second, "--source artifacts/02_second"]) assertEquals((await run(line)).err, "", line);
@@ -239,6 +273,13 @@ Deno.test("a stage says in one line which of the stages behind its input is no l
     const stale = '"artifacts/02_second" was made from another "artifacts/01_first/a.txt" than there is now';
     assertEquals([code, err], [0, `Note: ${stale}: run "deno task 02" to make it again\n`]);
     for (const line of [second, "--source artifacts/02_second"]) assertEquals((await run(line)).err, "", line);
+    Deno.renameSync(`${dir}/in/a.txt`, `${dir}/in/z.txt`);
+    assertEquals((await run(first)).err, "");
+    const gone = '"artifacts/02_second" was made from "artifacts/01_first/a.txt", which is gone';
+    assertEquals(
+      (await run("--source artifacts/02_second --force")).err,
+      `Note: ${gone}: run "deno task 02" to make it again\n`,
+    );
   }));
 
 Deno.test("a stage that fails after a checkpoint or is killed leaves no manifest, and the next run does all of it", () =>
@@ -343,27 +384,3 @@ Deno.test("a missing or unfinished input says what makes it", () =>
     const partial = await run("--source in --out artifacts/02_load");
     assertStringIncludes(partial.err, "it has files that 09_copy did not make");
   }));
-
-Deno.test("writeAtomic() replaces a file as a whole and leaves nothing beside it when it fails", async () => {
-  const dir = Deno.makeTempDirSync();
-  await writeJson(`${dir}/a.json`, { b: [1, "ü"] });
-  assertEquals(Deno.readTextFileSync(`${dir}/a.json`), '{\n  "b": [\n    1,\n    "ü"\n  ]\n}\n');
-  const inode = Deno.statSync(`${dir}/a.json`).ino;
-  await writeAtomic(`${dir}/a.json`, new Uint8Array([1, 2, 3]));
-  assertEquals(Deno.readFileSync(`${dir}/a.json`), new Uint8Array([1, 2, 3]));
-  assertNotEquals(Deno.statSync(`${dir}/a.json`).ino, inode);
-  Deno.mkdirSync(`${dir}/folder/full`, { recursive: true });
-  await assertRejects(() => writeAtomic(`${dir}/folder`, "a file cannot take the place of a folder"));
-  assertEquals([...Deno.readDirSync(dir)].map(({ name }) => name).sort(), ["a.json", "folder"]);
-  Deno.removeSync(dir, { recursive: true });
-});
-
-Deno.test("sha256File() agrees with a hash of the whole, for sizes around its pieces", () => {
-  const path = Deno.makeTempFileSync();
-  for (const size of [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3_000_000]) {
-    const bytes = Uint8Array.from({ length: size }, (_, i) => (i * 31 + size) & 255);
-    Deno.writeFileSync(path, bytes);
-    assertEquals(sha256File(path), createHash("sha256").update(bytes).digest("hex"));
-  }
-  Deno.removeSync(path);
-});
