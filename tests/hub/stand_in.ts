@@ -7,9 +7,9 @@ import { createHash, randomBytes } from "node:crypto";
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from "node:http";
 import type { AddressInfo } from "node:net";
 
-/** What goes wrong: an answer instead of the real one, or a named accident. */
+/** What goes wrong: an answer instead of the real one (`text` as it is), or a named accident. */
 export type Fault =
-  | { status: number; headers?: Record<string, string>; json?: unknown }
+  | { status: number; headers?: Record<string, string>; json?: unknown; text?: string }
   | "drop" // the connection breaks while the request body arrives
   | "drop the answer" // the work is done, the client never hears of it
   | "silent" // nothing is answered, the connection stays open
@@ -21,6 +21,19 @@ export type Fault =
   | "someone else commits" // right before this commit, so that its parent is stale
   | "ignore range"
   | "wrong bytes"; // the answer's body has one bit flipped
+
+/** What a server that is no hub says to any request, and how that is called. */
+export const NO_HUB: readonly (readonly [Fault, RegExp])[] = [
+  [
+    { status: 200, headers: { "Content-Type": "text/html; charset=utf-8" }, text: "<!doctype html>" },
+    /text\/html that is/,
+  ],
+  [{ status: 200, text: "" }, /answered \w+ [^ ]+ with nothing: /],
+  [{ status: 200, json: { ok: true } }, /other JSON than a hub's: /],
+  [{ status: 200, json: [7] }, /other JSON than a hub's: /],
+  [{ status: 200, json: null }, /other JSON than a hub's: /],
+  [{ status: 404, headers: { "Content-Type": "text/html" }, text: "<p>Not Found" }, /http:\S+ answered 404 to /],
+];
 
 interface Entry {
   readonly bytes: Buffer;
@@ -76,7 +89,11 @@ export async function startHub({ token, owners = ["you"], chunk = 1 << 30, lfsAb
     const path = decodeURIComponent(url.pathname);
     const isRead = request.method === "GET" || request.method === "HEAD";
     const body = await read(request, fault);
-    if (typeof fault === "object") return reply(fault.status, fault.json ?? { error: "made to fail" }, fault.headers);
+    if (typeof fault === "object") {
+      const { status, json, text, headers } = fault;
+      const answer = reply(status, json === undefined ? { error: "made to fail" } : json, headers);
+      return text === undefined ? answer : { ...answer, body: Buffer.from(text) };
+    }
     if (port === "storage") {
       if (url.searchParams.get("sig") !== signature) return reply(403, { error: "bad signature" });
       return store({ path, body, fault, range: isRead ? request.headers.range : undefined, isRead });

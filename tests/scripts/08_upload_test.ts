@@ -244,10 +244,15 @@ Deno.test("what 08 refuses is one sentence, and nothing is asked or written befo
     Deno.removeSync(`${dir}/artifacts/08_upload`, { recursive: true });
     const asked = hub.seen.filter(({ line }) => line !== "GET /api/whoami-v2");
     assertEquals(asked.length, 0);
-    refused(await run(real, "hf_" + "f".repeat(34)), /^Cannot use HF_TOKEN: the hub does not accept the token \(401/);
+    refused(await run(real, "hf_" + "f".repeat(34)), /^Cannot upload: the hub does not accept the token \(401/);
     refused(
       await run([...real, "--merged-repo", "they/med", "--adapter-repo", ""]),
       /lacks permission \(403 .*No rights in the namespace "they"/,
+    );
+    hub.fail(/whoami/, { status: 200, headers: { "Content-Type": "text/html" }, text: "<html>" });
+    refused(
+      await run(real),
+      /^Cannot upload: http:\S+ answered GET \/api\/whoami-v2 with text\/html that is no JSON: check/,
     );
     assertEquals(hub.files("models/you/med"), undefined);
     assertEquals(walk(dir).filter((path) => path.endsWith("08_upload/manifest.json")), []);
