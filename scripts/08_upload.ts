@@ -12,7 +12,7 @@
  */
 import { exists, readJsonObject } from "../lib/data/files.ts";
 import { BLOG_SYSTEM, BLOG_TEMPLATE, chatTemplate, readTemplate } from "../lib/data/template.ts";
-import { adapterCard, type CardFacts, hubName, modelCard } from "../lib/hub/card.ts";
+import { adapterCard, type CardFacts, checkLicense, hubName, modelCard } from "../lib/hub/card.ts";
 import { checkRepoId, environmentToken, type HubAccess, hubBase } from "../lib/hub/retry.ts";
 import { accountName, likelyMode, listLocal, uploadFolder } from "../lib/hub/upload.ts";
 import { parameterShapes, readConfig } from "../lib/model/config.ts";
@@ -52,6 +52,7 @@ if (opt.adapterRepo.toLowerCase() === opt.mergedRepo.toLowerCase()) {
   throw new Error(`Cannot upload to "${opt.mergedRepo}": adapter and merged model need a repository each`);
 }
 if (opt.baseModel !== unset) checkRepoId(opt.baseModel, { action: "name the base" });
+if (opt.license !== unset) checkLicense(opt.license);
 const { nothing_to_merge, model: whole } = readManifest(opt.merge)?.numbers ?? {};
 if (nothing_to_merge === true) {
   const state = `all weights were trained, so "${opt.merge}" has no adapter and no merged model`;

@@ -73,7 +73,7 @@ async function trial(body: (trial: Trial) => Promise<void>, options: { chunk?: n
     ...manifest,
     script: "05_train",
     writes: [record],
-    numbers: { last_loss: 1.25 },
+    numbers: { first_loss: 3.5, last_loss: 1.25 },
   });
   const other = { ...record, path: "artifacts/05_train/adapter/adapter_model.safetensors" };
   write(at("06_evaluate/manifest.json"), {
@@ -173,7 +173,7 @@ Deno.test("08 uploads both repositories, verifies them, and sends nothing the se
       base_model_name_or_path: "you/base",
     });
     const card = hub.files("models/you/med")!.get("README.md")!.bytes.toString();
-    assertStringIncludes(card, "| last loss | 1.25 |");
+    assertStringIncludes(card, "| Training loss | 3.5 at the first update, 1.25 at the last |");
     assertStringIncludes(card, "Q {question}\nA ");
     assert(!card.includes("77.5"), "the evaluation of another adapter is in the card");
     assertStringIncludes(first.out, 'Left out of the cards: "artifacts/06_evaluate"');
@@ -234,6 +234,7 @@ Deno.test("what 08 refuses is one sentence, and nothing is asked or written befo
     refused(await run([...real, "--merged-repo", "you/a--b"]), /^Cannot upload to "you\/a--b": it must not hold/);
     refused(await run([...real, "--merged-repo", "med"]), /it must be owner\/name/);
     refused(await run([...real, "--merged-repo", "You/Med-LoRA"]), /need a repository each/);
+    refused(await run([...real, "--license", "Apache 2.0"]), /^Cannot use license "Apache 2.0": one of the hub's/);
     refused(await run(["--dry-run", "false"]), /"you\/medslm-tiny-lora": it is only an example/);
     refused(await run([...real, "--hub-url", "http://example.org"]), /http is not encrypted/);
     refused(await run([...real, "--merge", "artifacts/nothing"]), /^Cannot read "artifacts\/nothing/);
