@@ -105,7 +105,8 @@ for (const { repo, files } of lists) {
 }
 if (opt.dryRun) {
   console.log(
-    "\nDry run: nothing was sent. The hub itself decides about lfs and regular. Send it with --dry-run false and HF_TOKEN.",
+    "\nDry run: nothing was sent. How each file is stored (lfs or regular) is what the hub is likely to choose.\n" +
+      "To send them: --dry-run false, with an access token in HF_TOKEN",
   );
   const repositories = lists.map(({ kind, repo, files }) => ({
     kind,

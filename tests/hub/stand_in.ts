@@ -70,7 +70,7 @@ export async function startHub({ token, owners = ["you"], chunk = 1 << 30, lfsAb
   const blobs = new Map<string, Buffer>();
   const parts = new Map<string, Map<number, Buffer>>();
   const seen: Seen[] = [];
-  const faults: { on: RegExp; fault: Fault; left: number }[] = [];
+  const faults: { on: RegExp; fault: Fault; left: number; then?: (() => void) | undefined }[] = [];
   const signature = randomBytes(8).toString("hex");
   let stored = ""; // address of the second port
 
@@ -268,6 +268,7 @@ export async function startHub({ token, owners = ["you"], chunk = 1 << 30, lfsAb
       });
     try {
       const { status, headers, body } = await answer(request, { port, fault: hit?.fault });
+      hit?.then?.();
       if (hit?.fault === "silent") return note(0);
       if (hit?.fault === "stall") {
         note(status);
@@ -294,8 +295,9 @@ export async function startHub({ token, owners = ["you"], chunk = 1 << 30, lfsAb
     url: here,
     seen,
     blobs,
-    /** The next `times` requests whose "METHOD /path" matches go wrong. */
-    fail: (on: RegExp, fault: Fault, times = 1) => void faults.push({ on, fault, left: times }),
+    /** The next `times` requests whose "METHOD /path" matches go wrong; `then` is called when their work is done. */
+    fail: (on: RegExp, fault: Fault, times = 1, then?: () => void) =>
+      void faults.push({ on, fault, left: times, then }),
     /** Makes a repository ("models/you/x" or "datasets/you/x") with these files; returns the commit. */
     seed(id: string, files: Record<string, string | Uint8Array>, { isPrivate = false } = {}): string {
       const repo = repos.get(id) ?? { isPrivate, commits: [] };
