@@ -101,9 +101,9 @@ Deno.test({
   },
 });
 
-/** What a program leaves on for good: a hidden cursor, no line wrap; and what it wrote after its last bar. */
+/** What a program switched off on the terminal and left so: the cursor, the wrapping of lines. */
 const left = (out: string) =>
-  [/\x1b\[\?25l(?![^]*\x1b\[\?25h)/, /\x1b\[\?7l(?![^]*\x1b\[\?7h)/].filter((off) => off.test(out));
+  ["\x1b[?25", "\x1b[?7"].filter((what) => out.lastIndexOf(`${what}l`) > out.lastIndexOf(`${what}h`));
 const BREAK = {
   "an error": 'throw new Error("Cannot go on: so");',
   "a rejection": 'await Promise.reject(new Error("Cannot go on: so"));',
