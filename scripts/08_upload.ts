@@ -12,7 +12,7 @@
  */
 import { exists, readJsonObject, writeAtomic } from "../lib/data/files.ts";
 import { BLOG_SYSTEM, BLOG_TEMPLATE, chatTemplate, readTemplate } from "../lib/data/template.ts";
-import { adapterCard, type CardFacts, hubName, modelCard } from "../lib/hub/card.ts";
+import { adapterCard, type CardFacts, checkLicense, hubName, modelCard } from "../lib/hub/card.ts";
 import { checkRepoId, environmentToken, type HubAccess, hubBase } from "../lib/hub/retry.ts";
 import { accountName, likelyMode, listLocal, type LocalFile, uploadFolder } from "../lib/hub/upload.ts";
 import { parameterShapes, readConfig } from "../lib/model/config.ts";
@@ -53,6 +53,7 @@ if (opt.adapterRepo.toLowerCase() === opt.mergedRepo.toLowerCase()) {
   throw new Error(`Cannot upload to "${opt.mergedRepo}": adapter and merged model need a repository each`);
 }
 if (opt.baseModel !== unset) checkRepoId(opt.baseModel, { action: "name the base" });
+if (opt.license !== unset) checkLicense(opt.license);
 const { nothing_to_merge, model: whole } = readManifest(opt.merge)?.numbers ?? {};
 if (nothing_to_merge === true && opt.dryRun) {
   await listWhole(String(whole));
@@ -105,7 +106,8 @@ for (const { repo, files } of lists) {
 }
 if (opt.dryRun) {
   console.log(
-    "\nDry run: nothing was sent. The hub itself decides about lfs and regular. Send it with --dry-run false and HF_TOKEN.",
+    "\nDry run: nothing was sent. How each file is stored (lfs or regular) is what the hub is likely to choose.\n" +
+      "To send them: --dry-run false, with an access token in HF_TOKEN",
   );
   const repositories = lists.map(({ kind, repo, files }) => ({
     kind,

@@ -147,14 +147,13 @@ export function statistics(
   };
 }
 
-/** The text of the first document, at most `limit` tokens of it, cut where learnt and unlearnt tokens meet. */
+/** The text of the first document, at most 400 tokens of it, cut where learnt and unlearnt tokens meet. */
 export function documentParts(
   { inputIds, positionIds, labels }: PackedRows,
   tokenizer: Tokenizer,
-  { limit = 400 }: { readonly limit?: number } = {},
 ): { learnt: boolean; text: string }[] {
   const next = positionIds.indexOf(0, 1);
-  const end = Math.min(next < 0 ? inputIds.length : next, limit);
+  const end = Math.min(next < 0 ? inputIds.length : next, 400);
   const decoder = streamDecoder(tokenizer);
   const parts: { learnt: boolean; text: string }[] = [];
   for (let t = 0; t < end; t++) {

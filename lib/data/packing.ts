@@ -15,14 +15,13 @@ export interface Slice {
   readonly count: number;
 }
 
-/** How rows are made: at most `maxLength` tokens each; packing starts anew after `group` documents. */
+/** How rows are made: at most `maxLength` tokens each. */
 export interface PackingOptions {
   readonly packing: Packing;
   readonly maxLength: number;
-  readonly group?: number;
 }
 
-/** TRL packs inside `datasets.map(batched=True)`, whose batches have this many documents. */
+/** Packing starts anew after so many documents: TRL packs inside `datasets.map(batched=True)`, whose batches have this many. */
 const GROUP = 1000;
 
 /**
@@ -30,14 +29,14 @@ const GROUP = 1000;
  * leave no trace. Throws a RangeError when `maxLength` is not a whole number above 0.
  */
 export function packRows(lengths: readonly number[], options: PackingOptions): Slice[][] {
-  const { maxLength, group = GROUP } = options;
+  const { maxLength } = options;
   if (!Number.isInteger(maxLength) || maxLength < 1) {
     throw new RangeError(`Cannot pack rows of ${maxLength} tokens: a whole number above 0 is wanted`);
   }
   const rows: Slice[][] = [];
-  for (let start = 0; start < lengths.length; start += group) {
+  for (let start = 0; start < lengths.length; start += GROUP) {
     const documents: Slice[] = [];
-    for (let i = start; i < Math.min(start + group, lengths.length); i++) {
+    for (let i = start; i < Math.min(start + GROUP, lengths.length); i++) {
       if (lengths[i]! > 0) documents.push({ document: i, begin: 0, count: lengths[i]! });
     }
     for (const row of packGroup(documents, options)) rows.push(row);

@@ -239,7 +239,8 @@ function lineOfBadText(path: string): number {
 }
 
 function* arrayRows(path: string): Generator<{ row: Row; place: string }> {
-  const text = Deno.readTextFileSync(path).replace(/^\uFEFF/, ""); // a byte-order mark is no part of JSON
+  // The decoder throws at what is not UTF-8, and drops a byte-order mark, which is no part of JSON.
+  const text = new TextDecoder("utf-8", { fatal: true }).decode(Deno.readFileSync(path));
   const rows = parse(text, `${path}"`) as unknown[];
   for (const [index, row] of rows.entries()) {
     if (!isRow(row)) throw new SyntaxError(`Cannot read "${path}", record ${index + 1}: a JSON object is wanted`);
@@ -249,6 +250,16 @@ function* arrayRows(path: string): Generator<{ row: Row; place: string }> {
 
 async function* parquetRows(path: string, limit: number): AsyncGenerator<{ row: Row; place: string }> {
   const file = await asyncBufferFromFile(path);
+  const end = new TextDecoder("latin1").decode(await file.slice(Math.max(0, file.byteLength - 4)));
+  if (file.byteLength < 12 || end !== "PAR1") {
+    const size = file.byteLength;
+    const state = size === 0
+      ? "it is empty"
+      : size < 12
+      ? `it has only ${size} bytes`
+      : `its ${size} bytes do not end with "PAR1"`;
+    throw new SyntaxError(`Cannot read "${path}": ${state}: a whole Parquet file is wanted`);
+  }
   let rows: Row[];
   try {
     const metadata = await parquetMetadataAsync(file);
@@ -257,12 +268,8 @@ async function* parquetRows(path: string, limit: number): AsyncGenerator<{ row: 
     const shape = SHAPES.find(({ columns }) => columns.every((name) => names.includes(name)));
     const columns = names.filter((name) => shape?.columns.includes(name) || shape?.optional === name);
     const unread = Object.fromEntries(names.map((name) => [name, undefined])); // named, but not decoded
-    if (shape === undefined) rows = [unread];
-    else {rows = (await parquetReadObjects({ file, metadata, columns, rowEnd, compressors })).map((row) => ({
-        ...unread,
-        ...row,
-      })
-      );}
+    const read = shape && await parquetReadObjects({ file, metadata, columns, rowEnd, compressors });
+    rows = read?.map((row) => ({ ...unread, ...row })) ?? [unread];
   } catch (error) {
     throw new SyntaxError(`Cannot read "${path}": ${(error as Error).message}`);
   }

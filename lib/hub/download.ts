@@ -61,7 +61,7 @@ export function parseSpec(spec: string, { type = "model" }: { type?: "model" | "
 export async function fetchRepo(spec: string, options: FetchOptions = {}): Promise<FetchedRepo> {
   const repo = parseSpec(spec, options.type ? { type: options.type } : {});
   const access: HubAccess = { ...options, token: options.token ?? environmentToken() };
-  const fetch = hubFetch(`download "${spec}"`, access);
+  const fetch = hubFetch(`download "${spec}"`, access, { streamed: true });
   const hub = { hubUrl: hubBase(access), fetch, ...(access.token ? { accessToken: access.token } : {}) };
 
   const commit = await commitOf(repo, hub);

@@ -21,6 +21,17 @@ export interface HubAccess {
 /** Seconds before the second, third, … try; as huggingface_hub's `http_backoff` waits. */
 const WAITS = [1, 2, 4, 8, 8];
 const RETRIED = new Set([408, 429, 500, 502, 503, 504]);
+/** What the hub's API answers, as far as it is read, by the path asked for: anything else comes from another server. */
+const ANSWERS: readonly (readonly [path: RegExp, fits: (answer: Answer) => boolean])[] = [
+  [/\/api\/whoami-v2$/, ({ name, auth }) => typeof name === "string" && isRecord(auth)],
+  [/\/api\/repos\/create$/, ({ url }) => typeof url === "string"],
+  [/\/api\/(?:models|datasets)\/.+\/revision\/[^/]+$/, ({ sha }) => typeof sha === "string"],
+  [/\/api\/(?:models|datasets)\/.+\/tree\/[^/]+$/, (tree) => isListOf(tree, ["type", "path"])],
+  [/\/api\/models\/.+\/preupload\/[^/]+$/, ({ files }) => isListOf(files, ["path", "uploadMode"])],
+  [/\.git\/info\/lfs\/objects\/batch$/, ({ objects }) => isListOf(objects, ["oid"])],
+  [/\/api\/models\/.+\/commit\/[^/]+$/, ({ commitOid }) => typeof commitOid === "string"],
+];
+type Answer = Readonly<Record<string, unknown>>;
 /** The public hub counts requests in windows of 300 s; a server that asks for more than two of them is not waited for. */
 const LONGEST_WAIT = 600;
 
@@ -73,14 +84,18 @@ export function checkRepoId(id: string, { bare = false, action = "use repository
 
 /**
  * A `fetch` for @huggingface/hub that retries network errors, 408, 429 (honouring RateLimit and Retry-After), 500, 502, 503 and 504.
- * An answer that stays bad throws a `HubApiError` whose message is "Cannot <action>: …"; a commit is only retried after 429, which the
- * server sends before it does anything.
+ * An answer that stays bad, or is none of the hub's, throws a `HubApiError` whose message is "Cannot <action>: …"; a commit is only retried
+ * after 429, which the server sends before it does anything. Answers are read whole here, so that a connection lost in the middle of one is
+ * retried; with `streamed` those that are files are left to the caller.
  */
-export function hubFetch(action: string, access: HubAccess = {}): typeof fetch {
+export function hubFetch(action: string, access: HubAccess, { streamed = false } = {}): typeof fetch {
   const base = new URL(hubBase(access));
   const pause = access.wait ?? ((ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms)));
   return async (input, init = {}) => {
-    const url = new URL(input instanceof Request ? input.url : input);
+    const url = URL.parse(input instanceof Request ? input.url : String(input));
+    if (url === null) {
+      throw failed(`Cannot ${action}: the hub names an address that is none: check the hub's address`, 0);
+    }
     const method = init.method ?? "GET";
     const what = `${method} ${url.pathname}`;
     const isCommit = method === "POST" && /\/commit\/[^/]+$/.test(url.pathname);
@@ -89,8 +104,8 @@ export function hubFetch(action: string, access: HubAccess = {}): typeof fetch {
       let failure: string;
       let seconds = WAITS[attempt] ?? 0;
       try {
-        const { response, from } = await follow(url, { init, base, idleMs: access.idleMs ?? 120_000 });
-        if (response.ok) return response;
+        const { response, from } = await follow(url, { init, base, streamed, idleMs: access.idleMs ?? 120_000 });
+        if (response.ok) return await understood(response, { action, what, base, path: url.pathname });
         const retried = isCommit ? response.status === 429 : RETRIED.has(response.status);
         if (!retried || last) {
           throw await refusal(response, {
@@ -98,6 +113,7 @@ export function hubFetch(action: string, access: HubAccess = {}): typeof fetch {
             what,
             access,
             tries: attempt + 1,
+            from,
             stored: from !== base.origin,
           });
         }
@@ -116,7 +132,7 @@ export function hubFetch(action: string, access: HubAccess = {}): typeof fetch {
         if (isCommit || last) {
           const tries = attempt === 0 ? "" : ` after ${attempt + 1} tries`;
           throw failed(
-            `Cannot ${action}: ${failure}${tries}: check the network and run again, what has arrived is kept`,
+            `Cannot ${action}: ${failure}${tries}: check the hub's address and the network and run again, what has arrived is kept`,
             0,
           );
         }
@@ -135,7 +151,7 @@ export function statusOf(error: unknown): number {
 /** One request with its redirects. The token goes to the hub's own origin only. */
 async function follow(
   url: URL,
-  { init, base, idleMs }: { init: RequestInit; base: URL; idleMs: number },
+  { init, base, streamed, idleMs }: { init: RequestInit; base: URL; streamed: boolean; idleMs: number },
 ): Promise<{ response: Response; from: string }> {
   const idle = new AbortController();
   let timer: ReturnType<typeof setTimeout> | undefined;
@@ -154,7 +170,8 @@ async function follow(
       const response = await fetch(url, { ...init, method, headers, body, signal, redirect: "manual" });
       const next = response.headers.get("Location");
       if (response.status < 300 || response.status > 399 || next === null) {
-        return { response: await settled(response, url), from: url.origin };
+        const isFile = response.ok && !/^\/api\/|\.git\/info\/lfs\//.test(url.pathname);
+        return { response: isFile && streamed ? response : await settled(response), from: url.origin };
       }
       await response.body?.cancel();
       // 301, 302 and 303 turn anything into GET (Fetch standard); a request with a body must not lose it that way.
@@ -170,12 +187,44 @@ async function follow(
   }
 }
 
-/** API answers are read whole here, so that a connection lost in the middle of one is retried; files are streamed. */
-async function settled(response: Response, url: URL): Promise<Response> {
-  if (response.ok && !/^\/api\/|\.git\/info\/lfs\//.test(url.pathname)) return response;
+/** The same answer with its body in memory. */
+async function settled(response: Response): Promise<Response> {
   const { status, statusText, headers } = response;
   const body = await response.arrayBuffer();
   return new Response([204, 205, 304].includes(status) ? null : body, { status, statusText, headers });
+}
+
+/** `response` again, unless it answers a request of the hub's API and is not what the hub says there. */
+async function understood(
+  response: Response,
+  { action, what, base, path }: { action: string; what: string; base: URL; path: string },
+): Promise<Response> {
+  const fits = ANSWERS.find(([asked]) => asked.test(path))?.[1];
+  if (fits === undefined) return response;
+  const text = await response.clone().text();
+  let got = "other JSON than a hub's";
+  try {
+    const answer: unknown = JSON.parse(text);
+    if ((isRecord(answer) || Array.isArray(answer)) && fits(answer as Answer)) return response;
+  } catch (error) {
+    if (!(error instanceof SyntaxError)) throw error;
+    const type = response.headers.get("Content-Type")?.replace(/;.*/, "").trim() || "text";
+    got = text.trim() === "" ? "nothing" : `${type.slice(0, 60)} that is no JSON`;
+  }
+  throw failed(
+    `Cannot ${action}: ${base.origin} answered ${what} with ${got}: check the hub's address`,
+    response.status,
+  );
+}
+
+function isRecord(value: unknown): value is Answer {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
+}
+
+/** Whether `value` is a list of objects that each have text under `names`. */
+function isListOf(value: unknown, names: readonly string[]): boolean {
+  return Array.isArray(value) &&
+    value.every((item) => isRecord(item) && names.every((name) => typeof item[name] === "string"));
 }
 
 /** Seconds the server asks for, or undefined: `RateLimit: "api";r=0;t=55` or `Retry-After: 55` or a date, plus 1 s as huggingface_hub adds. */
@@ -191,11 +240,12 @@ function askedWait(headers: Headers): number | undefined {
 /** The error for an answer that is not going to get better. */
 async function refusal(
   response: Response,
-  { action, what, access, tries, stored }: {
+  { action, what, access, tries, from, stored }: {
     action: string;
     what: string;
     access: HubAccess;
     tries: number;
+    from: string;
     stored: boolean;
   },
 ): Promise<HubApiError> {
@@ -211,12 +261,16 @@ async function refusal(
     ? `the repository does not exist or is private (${to}): check the name or set HF_TOKEN`
     : status === 401
     ? `the hub does not accept the token (${to}): set HF_TOKEN to a valid one`
+    : status === 403 && !access.token
+    ? `the hub refuses access (${to}): set HF_TOKEN to a token that may do this`
     : status === 403
     ? `the token lacks permission (${to}): use a token that may do this, or a repository of your own`
     : code === "RevisionNotFound"
     ? `there is no such revision (${to})`
     : code === "RepoNotFound"
     ? `there is no such repository, or the token may not see it (${to})`
+    : status === 404
+    ? `${from} answered ${to}: check the hub's address and the name of the repository`
     : `the hub answered ${to}`;
   return failed(`Cannot ${action}: ${why}`, status);
 }

@@ -2,15 +2,7 @@
  * A folder to a model repository on the hub: plan, upload, commit, then compare every file with the hub's tree. It refuses to call an upload
  * done before size and sha256 of each file agree, never deletes a remote file, and sends nothing that is already there.
  */
-import {
-  createRepo,
-  downloadFile,
-  type ListFileEntry,
-  listFiles,
-  modelInfo,
-  uploadFiles,
-  whoAmI,
-} from "@huggingface/hub";
+import { createRepo, type ListFileEntry, listFiles, modelInfo, uploadFiles, whoAmI } from "@huggingface/hub";
 import { createHash } from "node:crypto";
 import { checkRepoId, DiskBlob, type HubAccess, hubBase, hubFetch, statusOf } from "./retry.ts";
 
@@ -101,7 +93,7 @@ async function describe(path: string, source: string): Promise<LocalFile> {
 
 /** The account of the token; throws when the hub does not accept it. */
 export async function accountName(access: HubAccess): Promise<string> {
-  const { name } = await whoAmI({ ...credentials(access), fetch: hubFetch("use HF_TOKEN", access) });
+  const { name } = await whoAmI({ ...credentials(access), fetch: hubFetch("upload", access) });
   return name;
 }
 
@@ -325,8 +317,11 @@ async function verify(
   for (const { path, bytes, sha256 } of files) {
     const mode = tree.get(path)?.lfs ? "lfs" : "regular";
     if (mode === "regular" && bytes > 0) {
-      const blob = await downloadFile({ ...hub, path, revision: commit, xet: false });
-      const found = createHash("sha256").update(new Uint8Array(await blob!.arrayBuffer())).digest("hex");
+      const address = path.split("/").map(encodeURIComponent).join("/");
+      const response = await hub.fetch(`${hub.hubUrl}/${hub.repo.name}/resolve/${commit}/${address}`, {
+        headers: { Authorization: `Bearer ${hub.accessToken}` },
+      });
+      const found = createHash("sha256").update(new Uint8Array(await response.arrayBuffer())).digest("hex");
       if (found !== sha256) {
         throw new Error(
           `Cannot verify "${path}" in "${hub.repo.name}": the hub returns sha256 ${found}, the file here has ${sha256}`,

@@ -5,6 +5,7 @@
  */
 import { parseArgs } from "@std/cli";
 import { readManifest } from "./manifest.ts";
+import { endProgress } from "./print.ts";
 
 /** The two sets of defaults: `tiny` is the bundled fixture, `blog` the blog post's configuration. */
 export type Recipe = "tiny" | "blog";
@@ -253,6 +254,7 @@ export function installErrorHandler(): void {
     const message = error instanceof Error ? error.message : "";
     const refused = /^(?!Cannot ).*\(os error \d+\)/.test(message) || error instanceof Deno.errors.NotCapable;
     const line = refused ? `Cannot go on: ${message.charAt(0).toLowerCase()}${message.slice(1)}` : message;
+    endProgress();
     // V8 too says "Cannot read properties of undefined", but without the colon that tells what is wanted
     console.error(/^Cannot [^]*: /.test(line) && Deno.env.get("DEBUG") !== "1" ? line : error);
     Deno.exit(1);

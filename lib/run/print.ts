@@ -16,6 +16,8 @@ export interface TableOptions {
   readonly align?: string;
 }
 
+/** The bars on the screen. */
+const shown = new Set<SingleBar>();
 /** Off a terminal a line of progress comes at most this often, in ms. */
 const QUIET_MS = 10_000;
 const UNITS = ["B", "kB", "MB", "GB", "TB"];
@@ -117,18 +119,29 @@ export function progress(label: string, total: number): Progress {
   };
 }
 
+/** Leaves the bars that are on the screen as they are, each on a line of its own: for what is printed when work breaks off. */
+export function endProgress(): void {
+  for (const drawn of shown) drawn.stop();
+  shown.clear();
+}
+
 function bar(label: string, total: number, state: (done: number, extra: string) => string): Progress {
   const drawn = new SingleBar({
     format: `${label} {bar} {value}/{total} {state}`,
     barsize: 24,
     barCompleteChar: "█",
     barIncompleteChar: "░",
-    hideCursor: true,
+    linewrap: true, // it cuts the line itself: a process that is killed leaves a terminal that wraps lines and has a cursor
   });
+  if (shown.size === 0) globalThis.addEventListener("unload", endProgress);
+  shown.add(drawn);
   drawn.start(total, 0, { state: "" });
   return {
     tick: (done, extra = "") => drawn.update(done, { state: state(done, extra) }),
-    end: () => drawn.stop(),
+    end() {
+      drawn.stop();
+      shown.delete(drawn);
+    },
   };
 }
 

@@ -34,22 +34,22 @@ Deno.test("packRows() leaves empty documents out, whatever the packing", () => {
   }
 });
 
-Deno.test("packRows() keeps every token by bfd_split and wrapped, and starts anew after each group", () => {
-  const lengths = Array.from({ length: 50 }, (_, i) => 1 + (i * 37) % 90);
+Deno.test("packRows() keeps every token by bfd_split and wrapped, and starts anew after every 1,000 documents", () => {
+  const lengths = Array.from({ length: 2500 }, (_, i) => 1 + (i * 37) % 90);
   const total = lengths.reduce((sum, n) => sum + n, 0);
   for (const packing of ["bfd_split", "wrapped"] as const) {
-    const rows = packRows(lengths, { packing, maxLength: 64, group: 20 });
+    const rows = packRows(lengths, { packing, maxLength: 64 });
     assertEquals(rows.flat().reduce((sum, { count }) => sum + count, 0), total);
     for (const row of rows) {
       assert(row.reduce((sum, { count }) => sum + count, 0) <= 64);
-      assertEquals(new Set(row.map(({ document }) => Math.floor(document / 20))).size, 1);
+      assertEquals(new Set(row.map(({ document }) => Math.floor(document / 1000))).size, 1);
     }
   }
 });
 
-Deno.test("packRows() packs 50,000 documents in one group into rows that are 99 % full", () => {
+Deno.test("packRows() packs 50,000 documents into rows that are 99 % full", () => {
   const lengths = Array.from({ length: 50_000 }, (_, i) => 1 + (i * 7919) % 700);
-  const rows = packRows(lengths, { packing: "bfd", maxLength: 1024, group: lengths.length });
+  const rows = packRows(lengths, { packing: "bfd", maxLength: 1024 });
   const full = Math.ceil(lengths.reduce((sum, n) => sum + n, 0) / 1024);
   assert(rows.length >= full && rows.length < full * 1.01);
 });

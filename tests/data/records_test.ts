@@ -91,13 +91,36 @@ Deno.test("readRecords() names the line and what is wrong with it", async () => 
     using dir = folder({ "a.jsonl": lines });
     await assertRejects(() => readRecords([dir.at("a.jsonl")]), Error, message);
   }
-  using dir = folder({ "a.jsonl": new Uint8Array([123, 34, 0xff, 34, 125]), "b.parquet": "PAR1 but no more" });
+  using dir = folder({ "a.jsonl": new Uint8Array([123, 34, 0xff, 34, 125]) });
   await assertRejects(() => readRecords([dir.at("a.jsonl")]), SyntaxError, ", line 1: it is not UTF-8 text");
   const third = new TextEncoder().encode('{"text": "ü"}\n{"text": "b"}\n{"text": "c"}\n');
   third[third.lastIndexOf(99)] = 0xff;
   using late = folder({ "a.jsonl": third });
   await assertRejects(() => readRecords([late.at("a.jsonl")]), SyntaxError, ", line 3: it is not UTF-8 text");
-  await assertRejects(() => readRecords([dir.at("b.parquet")]), SyntaxError, "Cannot read");
+  const array = new TextEncoder().encode(`[\n{"text": "ü"},\n{"text": "${"b".repeat(300_000)}"},\n{"text": "c"}\n]`);
+  array[array.lastIndexOf(99)] = 0xff;
+  using list = folder({ "a.json": array, "b.json": array.subarray(0, -1) });
+  for (const name of ["a.json", "b.json"]) {
+    await assertRejects(() => readRecords([list.at(name)]), SyntaxError, `${name}", line 4: it is not UTF-8 text`);
+  }
+});
+
+Deno.test("readRecords() says of a file that is no Parquet file, or half of one, what is wrong with it", async () => {
+  const whole = Deno.readFileSync(PARQUET);
+  const cases: [content: Uint8Array | string, message: string][] = [
+    ["", "it is empty: a whole Parquet file is wanted"],
+    ["PAR1", "it has only 4 bytes: a whole Parquet file is wanted"],
+    ["PAR1 but no more", 'its 16 bytes do not end with "PAR1": a whole Parquet file is wanted'],
+    [whole.subarray(0, -9), `its ${whole.length - 9} bytes do not end with "PAR1"`],
+  ];
+  for (const [content, message] of cases) {
+    using dir = folder({ "a.parquet": content });
+    await assertRejects(
+      () => readRecords([dir.at("a.parquet")]),
+      SyntaxError,
+      `Cannot read "${dir.at("a.parquet")}": ${message}`,
+    );
+  }
 });
 
 Deno.test("findSplits() finds the splits of a folder by their names", () => {

@@ -1,7 +1,7 @@
 /** Downloads from the loopback hub: resumed, verified, cached by commit, and the token shown to nobody else. */
 import { assert, assertEquals, assertMatch, assertRejects, assertThrows } from "@std/assert";
 import { type FetchOptions, fetchRepo, parseSpec } from "../../lib/hub/download.ts";
-import { startHub } from "./stand_in.ts";
+import { NO_HUB, startHub } from "./stand_in.ts";
 
 const TOKEN = "hf_" + "c".repeat(34);
 const KEY = "models/you/base";
@@ -223,6 +223,22 @@ Deno.test("what is not there or not allowed is one sentence", () =>
       assertMatch(error.message, message);
       assertMatch(error.message, /^Cannot download "hf:[^\n]*[^.\n]$/);
     }
+  }));
+
+Deno.test("an address where no hub answers is told as such", () =>
+  trial(async ({ hub, get, cacheDir }) => {
+    for (const [fault, message] of NO_HUB) {
+      for (const on of [/revision/, /tree/]) {
+        hub.fail(on, fault);
+        const error = await assertRejects(() => get(), Error);
+        assertMatch(error.message, message);
+        assertMatch(error.message, /^Cannot download "hf:[^\n]*: check the hub's address( and [^\n]*)?$/);
+      }
+    }
+    hub.fail(/revision/, { status: 403, text: "" });
+    const error = await assertRejects(() => get("hf:you/base", { token: "" }), Error);
+    assertMatch(error.message, /: the hub refuses access \(403 to [^\n]*\): set HF_TOKEN to a token that may do this$/);
+    assertEquals(names(cacheDir), []);
   }));
 
 Deno.test("a path that would leave the folder is refused before anything is written", () =>

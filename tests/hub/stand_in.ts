@@ -7,9 +7,9 @@ import { createHash, randomBytes } from "node:crypto";
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from "node:http";
 import type { AddressInfo } from "node:net";
 
-/** What goes wrong: an answer instead of the real one, or a named accident. */
+/** What goes wrong: an answer instead of the real one (`text` as it is), or a named accident. */
 export type Fault =
-  | { status: number; headers?: Record<string, string>; json?: unknown }
+  | { status: number; headers?: Record<string, string>; json?: unknown; text?: string }
   | "drop" // the connection breaks while the request body arrives
   | "drop the answer" // the work is done, the client never hears of it
   | "silent" // nothing is answered, the connection stays open
@@ -21,6 +21,19 @@ export type Fault =
   | "someone else commits" // right before this commit, so that its parent is stale
   | "ignore range"
   | "wrong bytes"; // the answer's body has one bit flipped
+
+/** What a server that is no hub says to any request, and how that is called. */
+export const NO_HUB: readonly (readonly [Fault, RegExp])[] = [
+  [
+    { status: 200, headers: { "Content-Type": "text/html; charset=utf-8" }, text: "<!doctype html>" },
+    /text\/html that is/,
+  ],
+  [{ status: 200, text: "" }, /answered \w+ [^ ]+ with nothing: /],
+  [{ status: 200, json: { ok: true } }, /other JSON than a hub's: /],
+  [{ status: 200, json: [7] }, /other JSON than a hub's: /],
+  [{ status: 200, json: null }, /other JSON than a hub's: /],
+  [{ status: 404, headers: { "Content-Type": "text/html" }, text: "<p>Not Found" }, /http:\S+ answered 404 to /],
+];
 
 interface Entry {
   readonly bytes: Buffer;
@@ -57,7 +70,7 @@ export async function startHub({ token, owners = ["you"], chunk = 1 << 30, lfsAb
   const blobs = new Map<string, Buffer>();
   const parts = new Map<string, Map<number, Buffer>>();
   const seen: Seen[] = [];
-  const faults: { on: RegExp; fault: Fault; left: number }[] = [];
+  const faults: { on: RegExp; fault: Fault; left: number; then?: (() => void) | undefined }[] = [];
   const signature = randomBytes(8).toString("hex");
   let stored = ""; // address of the second port
 
@@ -76,7 +89,11 @@ export async function startHub({ token, owners = ["you"], chunk = 1 << 30, lfsAb
     const path = decodeURIComponent(url.pathname);
     const isRead = request.method === "GET" || request.method === "HEAD";
     const body = await read(request, fault);
-    if (typeof fault === "object") return reply(fault.status, fault.json ?? { error: "made to fail" }, fault.headers);
+    if (typeof fault === "object") {
+      const { status, json, text, headers } = fault;
+      const answer = reply(status, json === undefined ? { error: "made to fail" } : json, headers);
+      return text === undefined ? answer : { ...answer, body: Buffer.from(text) };
+    }
     if (port === "storage") {
       if (url.searchParams.get("sig") !== signature) return reply(403, { error: "bad signature" });
       return store({ path, body, fault, range: isRead ? request.headers.range : undefined, isRead });
@@ -251,6 +268,7 @@ export async function startHub({ token, owners = ["you"], chunk = 1 << 30, lfsAb
       });
     try {
       const { status, headers, body } = await answer(request, { port, fault: hit?.fault });
+      hit?.then?.();
       if (hit?.fault === "silent") return note(0);
       if (hit?.fault === "stall") {
         note(status);
@@ -277,8 +295,9 @@ export async function startHub({ token, owners = ["you"], chunk = 1 << 30, lfsAb
     url: here,
     seen,
     blobs,
-    /** The next `times` requests whose "METHOD /path" matches go wrong. */
-    fail: (on: RegExp, fault: Fault, times = 1) => void faults.push({ on, fault, left: times }),
+    /** The next `times` requests whose "METHOD /path" matches go wrong; `then` is called when their work is done. */
+    fail: (on: RegExp, fault: Fault, times = 1, then?: () => void) =>
+      void faults.push({ on, fault, left: times, then }),
     /** Makes a repository ("models/you/x" or "datasets/you/x") with these files; returns the commit. */
     seed(id: string, files: Record<string, string | Uint8Array>, { isPrivate = false } = {}): string {
       const repo = repos.get(id) ?? { isPrivate, commits: [] };

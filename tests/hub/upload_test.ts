@@ -3,7 +3,7 @@ import { assert, assertEquals, assertMatch, assertRejects, assertThrows } from "
 import { createHash } from "node:crypto";
 import { checkRepoId, type HubAccess, hubBase } from "../../lib/hub/retry.ts";
 import { accountName, likelyMode, listLocal, uploadFolder, type UploadOptions } from "../../lib/hub/upload.ts";
-import { type Fault, startHub } from "./stand_in.ts";
+import { type Fault, NO_HUB, startHub } from "./stand_in.ts";
 
 const TOKEN = "hf_" + "a".repeat(34);
 const ID = "you/medslm";
@@ -272,6 +272,39 @@ Deno.test("refusals of the hub are one sentence each, and nothing is committed",
   }
 });
 
+Deno.test("an address where no hub answers is told as such, whatever is asked, and the token is not blamed", () =>
+  trial({}, async ({ hub, upload, waits }) => {
+    const access = { hubUrl: hub.url, token: TOKEN, wait: (ms: number) => Promise.resolve(void waits.push(ms)) };
+    for (const [fault, message] of NO_HUB) {
+      for (const on of ["whoami", "create", "revision", "tree", "preupload", "batch", "commit/main"]) {
+        hub.fail(new RegExp(on), fault);
+        const run = () => on === "whoami" ? accountName(access) : upload();
+        await refused(run, message);
+      }
+    }
+    assertEquals(hub.commits(KEY), 1);
+    assertEquals(waits, []);
+    await hub.close();
+    const gone =
+      /^Cannot upload: no answer from 127\.0\.0\.1:\d+ to GET \/api\/whoami-v2 \(.*\) after 6 tries: check the hub's address/;
+    await refused(() => accountName(access), gone);
+  }));
+
+Deno.test("a small file whose download breaks off while it is verified is asked for again", () =>
+  trial({}, async ({ hub, upload, notes }) => {
+    hub.fail(/^GET .*config.json$/, "half");
+    await upload();
+    assertEquals(notes.length, 1);
+  }));
+
+Deno.test("an address to upload to that is none is told", () =>
+  trial({}, async ({ hub, upload }) => {
+    const oid = sha256(random(900_001, 1));
+    const upload_to = { oid, size: 900_001, actions: { upload: { href: "not an address" } } };
+    hub.fail(/batch/, { status: 200, json: { transfer: "basic", objects: [upload_to] } });
+    await refused(() => upload(), /the hub names an address that is none/);
+  }));
+
 Deno.test("an object error beside a good object does not leave the upload waiting", () =>
   trial({}, async ({ hub, dir, upload }) => {
     await Deno.writeFile(`${dir}/zz.safetensors`, random(1000, 5));
@@ -315,7 +348,7 @@ Deno.test("tokens: a wrong one, one of another owner, none", () =>
     const wrong = "hf_" + "b".repeat(34);
     await refused(
       () => accountName({ hubUrl: hub.url, token: wrong }),
-      /^Cannot use HF_TOKEN: the hub does not accept the token/,
+      /^Cannot upload: the hub does not accept the token \(401 /,
     );
     await refused(() => upload({ repo: "they/medslm" }), /403 .*No rights in the namespace "they"/);
     const before = hub.seen.length;
@@ -326,25 +359,8 @@ Deno.test("tokens: a wrong one, one of another owner, none", () =>
 Deno.test("a repository id that breaks a rule is refused before any request", () =>
   trial({}, async ({ hub, upload }) => {
     const long = "a".repeat(97);
-    for (
-      const id of [
-        "",
-        "name",
-        "a/b/c",
-        "a//b",
-        "-a/b",
-        "a/b-",
-        "a/.b",
-        "a/b.",
-        "a/b--c",
-        "a/b..c",
-        "a/b.git",
-        "ä/b",
-        "a b/c",
-        `a/${long}`,
-        `${long}/b`,
-      ]
-    ) {
+    const bad = ["", "name", "a/b/c", "a//b", "-a/b", "a/b-", "a/.b", "a/b.", "a/b--c", "a/b..c", "a/b.git", "ä/b"];
+    for (const id of [...bad, "a b/c", `a/${long}`, `${long}/b`]) {
       await refused(() => upload({ repo: id }), /^Cannot upload to ".*": /);
     }
     for (const id of ["a/b", "Saminx22/MedSLM-SFT-LoRA", "a_b/c.d", `${"a".repeat(96)}/b`]) {

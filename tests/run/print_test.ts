@@ -3,6 +3,7 @@ import { assertEquals, assertMatch, assertStringIncludes } from "@std/assert";
 import { bytes, count, duration, percent, table } from "../../lib/run/print.ts";
 
 const PRINT = new URL("../../lib/run/print.ts", import.meta.url).href;
+const FLAGS = new URL("../../lib/run/flags.ts", import.meta.url).href;
 const CONFIG = new URL("../../deno.json", import.meta.url).pathname;
 
 Deno.test("table() aligns words to the left and numbers to the right, and underlines a header", () => {
@@ -63,7 +64,7 @@ Deno.test("count() and percent() write the blog's numbers", () => {
 /** Runs code that prints, with `print.ts` imported as `p`. */
 async function run(
   code: string,
-  options: { terminal: boolean; env?: Record<string, string> },
+  options: { terminal: boolean; env?: Record<string, string>; status?: number },
 ): Promise<[string, string]> {
   const file = Deno.makeTempFileSync({ suffix: ".ts" });
   Deno.writeTextFileSync(file, `import * as p from "${PRINT}";\n${code}`);
@@ -75,7 +76,7 @@ async function run(
   const { code: status, stdout, stderr } = await command.output();
   Deno.removeSync(file);
   const [out, err] = [stdout, stderr].map((data) => new TextDecoder().decode(data));
-  assertEquals(status, 0, out! + err!);
+  assertEquals(status, options.status ?? 0, out! + err!);
   return [out!, err!];
 }
 
@@ -97,6 +98,33 @@ Deno.test({
     assertStringIncludes(out, "\x1b[2mdim\x1b[0m");
     const [plain] = await run(DRAW, { terminal: true, env: { NO_COLOR: "1" } });
     assertMatch(plain, /\ndim\r?\n/);
+  },
+});
+
+/** What a program switched off on the terminal and left so: the cursor, the wrapping of lines. */
+const left = (out: string) =>
+  ["\x1b[?25", "\x1b[?7"].filter((what) => out.lastIndexOf(`${what}l`) > out.lastIndexOf(`${what}h`));
+const BREAK = {
+  "an error": 'throw new Error("Cannot go on: so");',
+  "a rejection": 'await Promise.reject(new Error("Cannot go on: so"));',
+  "an exit": "Deno.exit(1);",
+  "a kill": 'Deno.kill(Deno.pid, "SIGTERM"); await new Promise(() => {});',
+};
+
+Deno.test({
+  name:
+    "a bar that is on the screen when work breaks off leaves a terminal with a cursor, and the error on a line of its own",
+  ignore: noTerminal,
+  async fn() {
+    for (const [how, code] of Object.entries(BREAK)) {
+      const bars = `p.progress("reading", 40).tick(3); p.progress("more", 4).tick(1);
+await new Promise((done) => setTimeout(done, 150));`;
+      const setUp = `import { installErrorHandler } from "${FLAGS}"; installErrorHandler();`;
+      const [out] = await run(`${setUp}\n${bars}\n${code}`, { terminal: true, status: how === "a kill" ? 143 : 1 });
+      assertMatch(out, /more █+░+ 1\/4/, how);
+      assertEquals(left(out), [], how);
+      if (how === "an error" || how === "a rejection") assertMatch(out, /\r?\nCannot go on: so\r?\n$/, how);
+    }
   },
 });
 

@@ -12,7 +12,9 @@ type Hub = Awaited<ReturnType<typeof startHub>>;
 interface Trial {
   readonly hub: Hub;
   readonly dir: string;
-  /** Runs 08 in `dir`; with `--hub-url`, and with the token unless told otherwise. */
+  /** Starts 08 in `dir`; with `--hub-url`, and with the token unless told otherwise. */
+  readonly start: (args: string[], token?: string) => Deno.ChildProcess;
+  /** The same to its end. */
   readonly run: (args: string[], token?: string) => Promise<{ code: number; out: string; err: string; last: string }>;
 }
 
@@ -73,7 +75,7 @@ async function trial(body: (trial: Trial) => Promise<void>, options: { chunk?: n
     ...manifest,
     script: "05_train",
     writes: [record],
-    numbers: { last_loss: 1.25 },
+    numbers: { first_loss: 3.5, last_loss: 1.25 },
   });
   const other = { ...record, path: "artifacts/05_train/adapter/adapter_model.safetensors" };
   write(at("06_evaluate/manifest.json"), {
@@ -88,13 +90,16 @@ async function trial(body: (trial: Trial) => Promise<void>, options: { chunk?: n
   write(at("07_merge/merged_model/config.json"), settings);
   write(at("07_merge/merged_model/tokenizer.json"), { version: "1.0" });
   write(at("07_merge/merged_model/model.safetensors"), Uint8Array.from({ length: 300_000 }, (_, i) => (i * i) >> 3));
-  const run: Trial["run"] = async (args, token = TOKEN) => {
-    const command = new Deno.Command(Deno.execPath(), {
+  const start = (args: string[], token = TOKEN) =>
+    new Deno.Command(Deno.execPath(), {
       args: ["run", "-A", "--quiet", "--config", CONFIG, SCRIPT, "--hub-url", hub.url, ...args],
       cwd: dir,
       env: { HF_TOKEN: token, NO_COLOR: "1", RECIPE: "tiny" },
-    });
-    const { code, stdout, stderr } = await command.output();
+      stdout: "piped",
+      stderr: "piped",
+    }).spawn();
+  const run: Trial["run"] = async (args, token) => {
+    const { code, stdout, stderr } = await start(args, token).output();
     const [out, err] = [stdout, stderr].map((data) => new TextDecoder().decode(data)) as [string, string];
     return { code, out, err, last: out.trimEnd().split("\n").at(-1)! };
   };
@@ -103,6 +108,7 @@ async function trial(body: (trial: Trial) => Promise<void>, options: { chunk?: n
     await body({
       hub,
       dir,
+      start,
       run: async (...call) => {
         const result = await run(...call);
         assert(!secret.test(result.out + result.err), "the token was printed");
@@ -173,7 +179,7 @@ Deno.test("08 uploads both repositories, verifies them, and sends nothing the se
       base_model_name_or_path: "you/base",
     });
     const card = hub.files("models/you/med")!.get("README.md")!.bytes.toString();
-    assertStringIncludes(card, "| last loss | 1.25 |");
+    assertStringIncludes(card, "| Training loss | 3.5 at the first update, 1.25 at the last |");
     assertStringIncludes(card, "Q {question}\nA ");
     assert(!card.includes("77.5"), "the evaluation of another adapter is in the card");
     assertStringIncludes(first.out, 'Left out of the cards: "artifacts/06_evaluate"');
@@ -200,6 +206,42 @@ Deno.test("08 cut off between the two repositories continues with what is missin
     assertMatch(out, /0 files sent \(0 B\), 0 already stored and now committed, 3 already there/);
     assertMatch(out, /3 files sent \([^)]*\), 1 already stored and now committed, 0 already there/);
     assertEquals(hub.seen.some(({ line }) => line.startsWith("PUT")), false);
+  }));
+
+Deno.test("08 that fails or is killed keeps the earlier manifest, and the next start sends only what is missing", () =>
+  trial(async ({ hub, dir, run, start }) => {
+    const out = `${dir}/artifacts/08_upload`;
+    const kept = () =>
+      walk(out).filter((path) => !path.endsWith(".lock")).map((path) => [path, Deno.readTextFileSync(path)]);
+    const real = [...NAMES, "--dry-run", "false"];
+    assertEquals((await run([...NAMES, "--license", "mit"], "")).code, 0);
+    const before = kept();
+    hub.fail(/you\/med\/commit/, { status: 400, json: { error: "quota" } });
+    refused(await run(real), /: quota\n/);
+    assertEquals(kept(), before, "after an error what was there is there again");
+    assertEquals(kept().length, 3 + 1); // two cards, the adapter's settings with the base's name, the manifest
+
+    write(`${dir}/artifacts/07_merge/merged_model/more.safetensors`, new Uint8Array(70_000).fill(7));
+    for (const [signal, on] of [["SIGKILL", /^PUT/], ["SIGTERM", /you\/med\/preupload/]] as const) {
+      const stopped = Promise.withResolvers<void>();
+      hub.fail(on, "silent", 1, stopped.resolve);
+      const process = start(real);
+      const ended = process.output();
+      await Promise.race([
+        stopped.promise,
+        ended.then(({ stderr }) => assert(false, new TextDecoder().decode(stderr))),
+      ]);
+      process.kill(signal);
+      await ended;
+      assertEquals(JSON.parse(Deno.readTextFileSync(`${out}/.before/manifest.json`)).numbers.dry_run, true, signal);
+    }
+    const { code, err } = await run(real);
+    assertEquals(code, 0, err);
+    assertEquals(JSON.parse(Deno.readTextFileSync(`${out}/manifest.json`)).numbers.verified_files, 8);
+    assert(!kept().some(([path]) => path!.includes(".before")), "what was set aside is gone");
+    const puts = hub.seen.filter(({ line }) => line.startsWith("PUT")).map(({ line }) => line);
+    assertEquals([puts.length, new Set(puts).size], [3, 3], "adapter, model and the later file once each");
+    assertEquals([hub.commits("models/you/med-lora"), hub.commits("models/you/med")], [2, 2]);
   }));
 
 Deno.test("08 in parts with a broken connection and a 503 says that it tries again, and succeeds", () =>
@@ -234,6 +276,7 @@ Deno.test("what 08 refuses is one sentence, and nothing is asked or written befo
     refused(await run([...real, "--merged-repo", "you/a--b"]), /^Cannot upload to "you\/a--b": it must not hold/);
     refused(await run([...real, "--merged-repo", "med"]), /it must be owner\/name/);
     refused(await run([...real, "--merged-repo", "You/Med-LoRA"]), /need a repository each/);
+    refused(await run([...real, "--license", "Apache 2.0"]), /^Cannot use license "Apache 2.0": one of the hub's/);
     refused(await run(["--dry-run", "false"]), /"you\/medslm-tiny-lora": it is only an example/);
     refused(await run([...real, "--hub-url", "http://example.org"]), /http is not encrypted/);
     refused(await run([...real, "--merge", "artifacts/nothing"]), /^Cannot read "artifacts\/nothing/);
@@ -244,10 +287,15 @@ Deno.test("what 08 refuses is one sentence, and nothing is asked or written befo
     Deno.removeSync(`${dir}/artifacts/08_upload`, { recursive: true });
     const asked = hub.seen.filter(({ line }) => line !== "GET /api/whoami-v2");
     assertEquals(asked.length, 0);
-    refused(await run(real, "hf_" + "f".repeat(34)), /^Cannot use HF_TOKEN: the hub does not accept the token \(401/);
+    refused(await run(real, "hf_" + "f".repeat(34)), /^Cannot upload: the hub does not accept the token \(401/);
     refused(
       await run([...real, "--merged-repo", "they/med", "--adapter-repo", ""]),
       /lacks permission \(403 .*No rights in the namespace "they"/,
+    );
+    hub.fail(/whoami/, { status: 200, headers: { "Content-Type": "text/html" }, text: "<html>" });
+    refused(
+      await run(real),
+      /^Cannot upload: http:\S+ answered GET \/api\/whoami-v2 with text\/html that is no JSON: check/,
     );
     assertEquals(hub.files("models/you/med"), undefined);
     assertEquals(walk(dir).filter((path) => path.endsWith("08_upload/manifest.json")), []);
