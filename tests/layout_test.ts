@@ -18,7 +18,7 @@ const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
   "lib/hub": ["lib/hub"],
 };
 /** Budgets to notice growth, not goals: a house one can walk through, and files one can read at once. */
-const MOST_FILES = 104;
+const MOST_FILES = 108;
 const MOST_LINES = 400;
 /** Written apart, so that this file passes its own test. */
 const UNFINISHED = new RegExp(
