@@ -379,8 +379,5 @@ Deno.test(
       assert(files("05_train").includes("adapter/adapter_model.safetensors") && !exists(at("05_train/model")));
       assert(files("07_merge").includes("merged_model/model.safetensors"));
       assertEquals([numbers("05_train").mode, numbers("08_upload").files], ["qlora", files("07_merge").length + 1]);
-      await stage(dir, "02_load", "--mode full");
-      assertEquals(await runAll(), "04 05 06 07 08");
-      assertEquals(files("04_lora"), ["manifest.json"]);
     }),
 );
