@@ -106,7 +106,7 @@ export function lineChart(chart: ChartText & { readonly series: readonly Series[
   const values = chart.series.flatMap(valuesOf);
   const names = chart.series.map(({ name }) => name);
   const [xs, ys] = [values.map(({ x }) => x), values.map(({ y }) => y)];
-  const isSmall = ys.every((y) => Math.abs(y) < 0.01);
+  const isSmall = ys.every((y) => Math.abs(y) < 0.01) && ys.some((y) => y !== 0);
   return draw(chart, {
     data: { values },
     encoding: {
@@ -150,7 +150,7 @@ export function lineChart(chart: ChartText & { readonly series: readonly Series[
 /** The scale of numbers that are all the same: without it vega gives the axis one tick with six decimals. */
 function roomAround(numbers: readonly number[], room: number): { domain?: [number, number] } {
   const first = numbers[0] ?? 0;
-  return numbers.some((n) => n !== first) ? {} : { domain: [first - room, first + room] };
+  return numbers.some((n) => n !== first) ? {} : { domain: [first === 0 ? 0 : first - room, first + room] };
 }
 
 /** One horizontal bar per entry in the order given, its value beside it. Throws when there are no bars. */
