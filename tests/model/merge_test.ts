@@ -23,7 +23,7 @@ import {
 } from "../../lib/model/config.ts";
 import { addLowRank, checkLogits, mergeModel } from "../../lib/model/merge.ts";
 import { dequantizeWeight, isQuantized, quantizedWeights, readQuantState } from "../../lib/model/quantized.ts";
-import { assertClose, golden, goldenPath, wave } from "../check.ts";
+import { assertClose, golden, goldenPath, wave, withFolder } from "../check.ts";
 import { llamaForward } from "../reference_llama.ts";
 import { NO_GPU } from "../on_gpu.ts";
 
@@ -35,15 +35,6 @@ const config = readConfig(MODEL);
 function weightsOf(dir: string): Map<string, Float32Array> {
   using source = openModel(dir);
   return new Map([...source.tensors.values()].map(({ name, dtype }) => [name, toFloat32(source.read(name), dtype)]));
-}
-
-async function inFolder(body: (dir: string) => Promise<void>): Promise<void> {
-  const dir = await Deno.makeTempDir();
-  try {
-    await body(dir);
-  } finally {
-    await Deno.remove(dir, { recursive: true });
-  }
 }
 
 /** Writes a model folder in F32 or BF16. */
@@ -101,7 +92,7 @@ const lora: LoraConfig = {
 };
 
 Deno.test("mergeModel() gives PEFT's merged weights and its logits", () =>
-  inFolder(async (out) => {
+  withFolder(async (out) => {
     const told: number[] = [];
     const result = await mergeModel({
       model: MODEL,
@@ -127,7 +118,7 @@ Deno.test("mergeModel() gives PEFT's merged weights and its logits", () =>
   }));
 
 Deno.test("mergeModel() into a bfloat16 base rounds once, to PEFT's bits", () =>
-  inFolder(async (dir) => {
+  withFolder(async (dir) => {
     await writeModel(`${dir}/base`, { weights: weightsOf(MODEL), of: { ...config, dtype: "bfloat16" }, dtype: "BF16" });
     await mergeModel({ model: `${dir}/base`, adapter: ADAPTER, out: `${dir}/out`, dtype: "bfloat16" });
     const merged = weightsOf(`${dir}/out`), expected = golden("tiny/merge/bf16_layer0.safetensors");
@@ -137,7 +128,7 @@ Deno.test("mergeModel() into a bfloat16 base rounds once, to PEFT's bits", () =>
   }));
 
 Deno.test("mergeModel() onto 4-bit weights adds to their dequantized values and writes a dense model", () =>
-  inFolder(async (out) => {
+  withFolder(async (out) => {
     await mergeModel({ model: MODEL_4BIT, adapter: ADAPTER, out, dtype: "float32" });
     const merged = weightsOf(out), { tensors } = readAdapter(ADAPTER, config);
     using source = openModel(MODEL_4BIT);
@@ -160,7 +151,7 @@ Deno.test("mergeModel() onto 4-bit weights adds to their dequantized values and 
   }));
 
 Deno.test("mergeModel() scales by alpha / sqrt(r) for rsLoRA, at rank 43, and leaves modules alone that are no target", () =>
-  inFolder(async (dir) => {
+  withFolder(async (dir) => {
     const some: LoraConfig = {
       ...lora,
       r: 43,
@@ -193,7 +184,7 @@ Deno.test("addLowRank() adds scale · B·A in place and refuses an update of ano
 });
 
 Deno.test("mergeModel() keeps a tied head tied, whatever the file holds, and an untied one apart", () =>
-  inFolder(async (dir) => {
+  withFolder(async (dir) => {
     const head = wave(config.vocab_size * config.hidden_size);
     const weights = weightsOf(MODEL).set("lm_head.weight", head);
     for (const tied of [true, false]) {
@@ -205,7 +196,7 @@ Deno.test("mergeModel() keeps a tied head tied, whatever the file holds, and an 
   }));
 
 Deno.test("mergeModel() names the tensor of a value that the dtype cannot hold, and leaves no file", () =>
-  inFolder(async (dir) => {
+  withFolder(async (dir) => {
     const tensors = waves(lora), name = "base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight";
     tensors.get(name)![8 * 3 + 2] = NaN;
     await saveAdapter(`${dir}/adapter`, lora, tensors);
@@ -233,7 +224,7 @@ Deno.test("mergeModel() names the tensor of a value that the dtype cannot hold, 
   }));
 
 Deno.test("mergeModel() refuses an adapter or a base that does not fit, by the tensor", () =>
-  inFolder(async (dir) => {
+  withFolder(async (dir) => {
     const tensors = waves(lora), a = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight";
     tensors.set(a, wave(8 * 63));
     await saveAdapter(`${dir}/adapter`, lora, tensors);
@@ -274,7 +265,7 @@ Deno.test({
   name: "07 writes both folders, proves them by their logits, and says where there is nothing to merge",
   ignore: NO_GPU,
   fn: () =>
-    inFolder(async (dir) => {
+    withFolder(async (dir) => {
       const script = new URL("../../scripts/07_merge.ts", import.meta.url).pathname;
       const settings = new URL("../../deno.json", import.meta.url).pathname;
       const run = async (...args: string[]) => {

@@ -1,6 +1,7 @@
 /** Tests of the command line: what is read, what its type is, what is refused, and what a script prints when it is. */
 import { assert, assertEquals, assertMatch, assertStringIncludes, assertThrows } from "@std/assert";
 import { byRecipe, checkNumbers, choice, helpText, parseFlags, unset } from "../../lib/run/flags.ts";
+import { temporaryFolder } from "../check.ts";
 
 const FLAGS = new URL("../../lib/run/flags.ts", import.meta.url).href;
 const CONFIG = new URL("../../deno.json", import.meta.url).pathname;
@@ -193,8 +194,8 @@ const opt = flags(import.meta, {
 });
 
 Deno.test("a script that uses flags() prints one line for a mistake, a stack for a defect, and exits 1", async (t) => {
-  const dir = Deno.makeTempDirSync();
-  const script = `${dir}/09_script.ts`;
+  using folder = temporaryFolder();
+  const script = folder.at("09_script.ts");
   Deno.writeTextFileSync(
     script,
     `/** A script. */
@@ -250,5 +251,4 @@ console.log("went on");
     const { code, err } = await run([], { RECIPE: "large" });
     assertEquals([code, err], [1, 'Cannot read recipe "large": the recipes are tiny, blog\n']);
   });
-  Deno.removeSync(dir, { recursive: true });
 });

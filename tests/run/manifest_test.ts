@@ -5,6 +5,7 @@
 import { assert, assertEquals, assertMatch, assertNotEquals, assertRejects, assertStringIncludes } from "@std/assert";
 import { createHash } from "node:crypto";
 import { checkInput, type Manifest, readManifest, sha256File, writeAtomic, writeJson } from "../../lib/run/manifest.ts";
+import { temporaryFolder } from "../check.ts";
 
 const LIB = new URL("../../lib/run/", import.meta.url).href;
 const CONFIG = new URL("../../deno.json", import.meta.url).pathname;
@@ -345,7 +346,8 @@ Deno.test("a missing or unfinished input says what makes it", () =>
   }));
 
 Deno.test("writeAtomic() replaces a file as a whole and leaves nothing beside it when it fails", async () => {
-  const dir = Deno.makeTempDirSync();
+  using folder = temporaryFolder();
+  const dir = folder.path;
   await writeJson(`${dir}/a.json`, { b: [1, "ü"] });
   assertEquals(Deno.readTextFileSync(`${dir}/a.json`), '{\n  "b": [\n    1,\n    "ü"\n  ]\n}\n');
   const inode = Deno.statSync(`${dir}/a.json`).ino;
@@ -355,15 +357,14 @@ Deno.test("writeAtomic() replaces a file as a whole and leaves nothing beside it
   Deno.mkdirSync(`${dir}/folder/full`, { recursive: true });
   await assertRejects(() => writeAtomic(`${dir}/folder`, "a file cannot take the place of a folder"));
   assertEquals([...Deno.readDirSync(dir)].map(({ name }) => name).sort(), ["a.json", "folder"]);
-  Deno.removeSync(dir, { recursive: true });
 });
 
 Deno.test("sha256File() agrees with a hash of the whole, for sizes around its pieces", () => {
-  const path = Deno.makeTempFileSync();
+  using folder = temporaryFolder();
+  const path = folder.at("file");
   for (const size of [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3_000_000]) {
     const bytes = Uint8Array.from({ length: size }, (_, i) => (i * 31 + size) & 255);
     Deno.writeFileSync(path, bytes);
     assertEquals(sha256File(path), createHash("sha256").update(bytes).digest("hex"));
   }
-  Deno.removeSync(path);
 });

@@ -1,6 +1,7 @@
 /** Tests of words and numbers for people; what a terminal shows is read from a terminal that `script` makes. */
 import { assertEquals, assertMatch, assertStringIncludes } from "@std/assert";
 import { bytes, count, duration, percent, table } from "../../lib/run/print.ts";
+import { temporaryFolder } from "../check.ts";
 
 const PRINT = new URL("../../lib/run/print.ts", import.meta.url).href;
 const FLAGS = new URL("../../lib/run/flags.ts", import.meta.url).href;
@@ -66,15 +67,13 @@ async function run(
   code: string,
   options: { terminal: boolean; env?: Record<string, string>; status?: number },
 ): Promise<[string, string]> {
-  const file = Deno.makeTempFileSync({ suffix: ".ts" });
-  Deno.writeTextFileSync(file, `import * as p from "${PRINT}";\n${code}`);
-  const args = ["run", "-A", "--quiet", "--config", CONFIG, file];
+  using folder = temporaryFolder({ "print.ts": `import * as p from "${PRINT}";\n${code}` });
+  const args = ["run", "-A", "--quiet", "--config", CONFIG, folder.at("print.ts")];
   const line = [Deno.execPath(), ...args].map((word) => `'${word}'`).join(" ");
   const command = options.terminal
     ? new Deno.Command("script", { args: ["-qec", line, "/dev/null"], env: { NO_COLOR: "", ...options.env } })
     : new Deno.Command(Deno.execPath(), { args, env: { NO_COLOR: "", ...options.env } });
   const { code: status, stdout, stderr } = await command.output();
-  Deno.removeSync(file);
   const [out, err] = [stdout, stderr].map((data) => new TextDecoder().decode(data));
   assertEquals(status, options.status ?? 0, out! + err!);
   return [out!, err!];

@@ -1,6 +1,7 @@
 /** Tests of reports and charts: what they show is read back from the SVG and the HTML that come out. */
 import { assert, assertEquals, assertMatch, assertNotMatch, assertRejects, assertStringIncludes } from "@std/assert";
 import { barChart, escapeHtml, histogram, lineChart, writeReport } from "../../lib/run/report.ts";
+import { temporaryFolder } from "../check.ts";
 
 const text = { title: "Loss & <more>", x: "update", y: "loss (nats)" };
 const falling = [[0, 4], [10, 2], [20, 1]] as const;
@@ -130,17 +131,18 @@ Deno.test("a chart carries its own colours for light and dark, a size that shrin
 });
 
 Deno.test("writeReport() gives the numbers of a column the same decimals", async () => {
-  const path = Deno.makeTempFileSync({ suffix: ".html" });
+  using folder = temporaryFolder();
+  const path = folder.at("report.html");
   const rows = [["after update", "loss", "tokens", "rate"], [20, 2.2244, 5537, 1e-5], [220, 1.5, 55.25, 0.5]];
   await writeReport(path, { title: "t", sections: [{ heading: "h", tables: [rows] }] });
   const html = Deno.readTextFileSync(path);
-  Deno.removeSync(path);
   const cells = [...html.matchAll(/<td class="n">([^<]*)<\/td>/g)].map(([, cell]) => cell);
   assertEquals(cells, ["20", "2.224", "5,537", "1.00e-5", "220", "1.500", "55.25", "0.5"]);
 });
 
 Deno.test("writeReport() escapes all text, keeps charts, and fetches nothing", async () => {
-  const path = Deno.makeTempFileSync({ suffix: ".html" });
+  using folder = temporaryFolder();
+  const path = folder.at("report.html");
   const evil = `<script>alert("x & 'y'")</script>`;
   await writeReport(path, {
     title: evil,
@@ -150,7 +152,6 @@ Deno.test("writeReport() escapes all text, keeps charts, and fetches nothing", a
     ],
   });
   const html = Deno.readTextFileSync(path);
-  Deno.removeSync(path);
   assertNotMatch(html, /<script|<link|https?:|@import|url\(/);
   assertEquals(html.split(escapeHtml(evil)).length - 1, 5, "title twice, heading, paragraph, cell");
   assertStringIncludes(html, "<figure><svg></svg></figure>");
