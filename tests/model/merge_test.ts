@@ -1,15 +1,8 @@
 /**
- * The merge against PEFT's (golden data made with merge_and_unload), against the plain formula where PEFT left none, and
- * stage 07 as a process. Bounds: 1e-6 for float32 weights, 1e-5 for logits; bfloat16 has to agree bit for bit.
+ * The merge against PEFT's (golden data made with merge_and_unload), and against the plain formula where PEFT left none.
+ * Bounds: 1e-6 for float32 weights, 1e-5 for logits; bfloat16 has to agree bit for bit.
  */
-import {
-  assert,
-  assertAlmostEquals,
-  assertEquals,
-  assertRejects,
-  assertStringIncludes,
-  assertThrows,
-} from "@std/assert";
+import { assert, assertAlmostEquals, assertEquals, assertRejects, assertThrows } from "@std/assert";
 import { fromFloat32, toFloat32 } from "../../lib/data/dtype.ts";
 import { openModel, writeSafetensors } from "../../lib/data/safetensors.ts";
 import { adapterTensors, type LoraConfig, readAdapter, saveAdapter } from "../../lib/model/adapter.ts";
@@ -25,7 +18,6 @@ import { addLowRank, checkLogits, mergeModel } from "../../lib/model/merge.ts";
 import { dequantizeWeight, isQuantized, quantizedWeights, readQuantState } from "../../lib/model/quantized.ts";
 import { assertClose, golden, goldenPath, wave, withFolder } from "../check.ts";
 import { llamaForward } from "../reference_llama.ts";
-import { NO_GPU } from "../on_gpu.ts";
 
 const MODEL = goldenPath("tiny/model_hf"), MODEL_4BIT = goldenPath("tiny/model_4bit");
 const ADAPTER = goldenPath("tiny/train/adamw_torch/final_adapter");
@@ -259,71 +251,4 @@ Deno.test("checkLogits() accepts rounding and refuses more, NaN and missing rows
   checkLogits(rows, moved(2.4), "bfloat16");
   assertThrows(() => checkLogits(rows, moved(2.6), "bfloat16"), Error, "try --dtype float32");
   assertThrows(() => checkLogits(rows, moved(0.4), "float16"), Error, "rounding to float16");
-});
-
-Deno.test({
-  name: "07 writes both folders, proves them by their logits, and says where there is nothing to merge",
-  ignore: NO_GPU,
-  fn: () =>
-    withFolder(async (dir) => {
-      const script = new URL("../../scripts/07_merge.ts", import.meta.url).pathname;
-      const settings = new URL("../../deno.json", import.meta.url).pathname;
-      const run = async (...args: string[]) => {
-        const { code, stdout, stderr } = await new Deno.Command(Deno.execPath(), {
-          args: ["run", "-A", "--config", settings, script, "--quantized", MODEL_4BIT, ...args],
-          cwd: dir,
-          env: { NO_COLOR: "1", RECIPE: "" },
-        }).output();
-        const [out, err] = [new TextDecoder().decode(stdout).trim(), new TextDecoder().decode(stderr).trim()];
-        return { code, out, err };
-      };
-      const write = (path: string, text: string) => {
-        Deno.mkdirSync(`${dir}/${path}`.replace(/\/[^/]*$/, ""), { recursive: true });
-        Deno.writeTextFileSync(`${dir}/${path}`, text);
-      };
-      for (const { name } of Deno.readDirSync(MODEL)) {
-        write(`base/${name}`, "");
-        Deno.copyFileSync(`${MODEL}/${name}`, `${dir}/base/${name}`);
-      }
-      write("base/tokenizer.json", "{}");
-      write("data/template.json", '{"template":"{{ messages }}"}');
-      const paths = ["--model", "base", "--adapter", ADAPTER, "--dataset", "data", "--out", "out"];
-
-      const first = await run(...paths);
-      assertEquals(first.code, 0, first.err);
-      const { numbers, writes } = JSON.parse(first.out.split("\n").at(-1)!);
-      assert(numbers.max_logit_difference_relative <= 1e-5, `${numbers.max_logit_difference_relative}`);
-      assert(numbers.adapter_effect > 0.1, `${numbers.adapter_effect}`);
-      assertEquals(new Set(numbers.input_ids).size, 32);
-      const both = ["adapter_config.json", "adapter_model.safetensors", "template.json", "tokenizer.json"];
-      assertEquals(writes.map(({ path }: { path: string }) => path), [
-        ...both.map((name) => `lora_adapters/${name}`),
-        ...["config.json", "generation_config.json", "model.safetensors", "template.json", "tokenizer.json"]
-          .map((name) => `merged_model/${name}`),
-      ]);
-      for (const name of both.slice(0, 2)) {
-        assertEquals(Deno.readFileSync(`${dir}/out/lora_adapters/${name}`), Deno.readFileSync(`${ADAPTER}/${name}`));
-      }
-      assertStringIncludes((await run(...paths)).out, "07_merge is up to date");
-
-      const half = await run(...paths, "--base", "nf4", "--dtype", "bfloat16");
-      assertEquals(half.code, 0, half.err);
-      assertStringIncludes(half.out, "merged against 4-bit base + adapter");
-      const { numbers: rounded } = JSON.parse(half.out.split("\n").at(-1)!);
-      assert(rounded.max_logit_difference > 1e-3 && rounded.max_logit_difference_relative < rounded.bound);
-      assertEquals(readConfig(`${dir}/out/merged_model`).dtype, "bfloat16");
-
-      const wrong = await run(...paths, "--model", MODEL_4BIT);
-      assertEquals([wrong.code, wrong.err.split("\n").length], [1, 1]);
-      assertStringIncludes(wrong.err, `Cannot merge onto "${MODEL_4BIT}": its weights are in 4 bit`);
-
-      write("trained/model/config.json", "{}");
-      const full = await run(...paths, "--adapter", "trained/adapter");
-      assertEquals(full.code, 0, full.err);
-      assertStringIncludes(
-        full.out,
-        'There is nothing to merge: all weights were trained, and the model is in "trained/model"',
-      );
-      assertEquals([...Deno.readDirSync(`${dir}/out`)].map(({ name }) => name), ["manifest.json"]);
-    }),
 });

@@ -2,9 +2,9 @@
 import { assert, assertEquals, assertMatch, assertStringIncludes, assertThrows } from "@std/assert";
 import { byRecipe, checkNumbers, choice, helpText, parseFlags, unset } from "../../lib/run/flags.ts";
 import { temporaryFolder } from "../check.ts";
+import { attempt } from "../scripts/process.ts";
 
 const FLAGS = new URL("../../lib/run/flags.ts", import.meta.url).href;
-const CONFIG = new URL("../../deno.json", import.meta.url).pathname;
 const defaults = {
   model: "artifacts/02_load",
   lr: 2e-4,
@@ -211,14 +211,8 @@ await new Promise((resolve) => setTimeout(resolve, 2000));
 console.log("went on");
 `,
   );
-  const run = async (args: string[], env: Record<string, string> = {}) => {
-    const command = ["run", "-A", "--quiet", "--config", CONFIG, script, ...args];
-    const { code, stdout, stderr } = await new Deno.Command(Deno.execPath(), {
-      args: command,
-      env: { NO_COLOR: "1", RECIPE: "", ...env },
-    }).output();
-    return { code, out: new TextDecoder().decode(stdout), err: new TextDecoder().decode(stderr) };
-  };
+  const run = (args: string[], env: Record<string, string> = {}) =>
+    attempt(folder.path, script, args, { env: { RECIPE: "", ...env } });
   const ends: readonly (readonly [string, string[], RegExp])[] = [
     ["an error thrown at once", [], /^Cannot go on: at once\n$/],
     ["an error after an await", ["--wait"], /^Cannot go on: at once\n$/],
