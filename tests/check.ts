@@ -1,6 +1,6 @@
 /**
- * What the numeric tests share: inputs, error measures, one assertion, golden files. Refuses to call two tensors close when a
- * NaN or a stray infinity is among them, whatever the bound.
+ * What the tests share: inputs, error measures, one assertion, golden files, folders that go away. Refuses to call two tensors
+ * close when a NaN or a stray infinity is among them, whatever the bound.
  */
 import { fileURLToPath } from "node:url";
 import { toFloat32 } from "../lib/data/dtype.ts";
@@ -130,4 +130,28 @@ export function readTensors(path: string): Golden {
   };
   const i32 = (name: string) => new Int32Array(get(name, "I32").data.buffer);
   return { names: [...infos.keys()], f32, i32, u8: (name) => get(name, "U8").data, floats };
+}
+
+/** A folder on the disk; `at` is the path of a name in it. */
+export interface Folder extends Disposable {
+  readonly path: string;
+  readonly at: (name: string) => string;
+}
+
+/** A folder with these files, removed with all that came into it at the end of the scope: `using folder = temporaryFolder()`. */
+export function temporaryFolder(files: Readonly<Record<string, string | Uint8Array>> = {}): Folder {
+  const path = Deno.makeTempDirSync();
+  const at = (name: string) => `${path}/${name}`;
+  for (const [name, content] of Object.entries(files)) {
+    Deno.mkdirSync(at(name).replace(/\/[^/]*$/, ""), { recursive: true });
+    if (typeof content === "string") Deno.writeTextFileSync(at(name), content);
+    else Deno.writeFileSync(at(name), content);
+  }
+  return { path, at, [Symbol.dispose]: () => Deno.removeSync(path, { recursive: true }) };
+}
+
+/** Runs `body` with the path of an empty {@linkcode temporaryFolder}. */
+export async function withFolder(body: (dir: string) => Promise<void> | void): Promise<void> {
+  using folder = temporaryFolder();
+  await body(folder.path);
 }

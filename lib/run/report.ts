@@ -6,7 +6,7 @@ import type { TopLevelSpec } from "vega-lite";
 import { writeAtomic } from "../data/files.ts";
 import { table as tableText } from "./print.ts";
 
-/** One part of a page; only `charts` and `html` are markup, all else is text. */
+/** One part of a page; only `charts` are markup, all else is text. */
 export interface Section {
   readonly heading: string;
   readonly paragraphs?: readonly string[];
@@ -14,7 +14,6 @@ export interface Section {
   readonly charts?: readonly string[];
   /** Rows of cells; the first row of each table is its header. */
   readonly tables?: readonly (readonly (readonly (string | number)[])[])[];
-  readonly html?: string;
 }
 
 /** What every chart says: its title and the names of its axes, with units. */
@@ -35,8 +34,12 @@ export interface Series {
 const COLOURS = ["#2f7ed8", "#e07b39", "#3a9d6e", "#a66bbf", "#c9a227", "#7f8c8d"];
 const WIDTH = 640;
 const HEIGHT = 300;
-/** A vega expression: small numbers with an exponent. */
-const SMALL_LABEL = "datum.value != 0 && abs(datum.value) < 0.001 ? format(datum.value, '~e') : datum.label";
+/** A line of at most so many points has a mark on each: what has one point or two is seen, and where it was measured. */
+const FEW_POINTS = 30;
+/** A vega expression: numbers with an exponent. */
+const EXPONENT_LABEL = "datum.value == 0 ? '0' : format(datum.value, '~e')";
+/** An axis of whole numbers: no tick between them. */
+const WHOLE = { tickMinStep: 1, format: ",d" };
 /** The chart takes the text colour of the page, or its own when it stands alone. */
 const CHART_STYLE = ".chart{color:#24292f;max-width:100%;height:auto;background:transparent}" +
   "@media(prefers-color-scheme:dark){.chart{color:#e6edf3}}";
@@ -63,7 +66,7 @@ pre { background: var(--soft); padding: 0.75rem; overflow-x: auto; border-radius
 .faint { color: var(--faint); }
 `;
 
-/** Writes a page to `path`, whole or not at all; headings, paragraphs and cells are escaped, `charts` and `html` are not. */
+/** Writes a page to `path`, whole or not at all; headings, paragraphs and cells are escaped, `charts` are not. */
 export async function writeReport(
   path: string,
   page: { readonly title: string; readonly sections: readonly Section[] },
@@ -74,7 +77,6 @@ export async function writeReport(
       ...(section.paragraphs ?? []).map((text) => `<p>${escapeHtml(text)}</p>`),
       ...(section.charts ?? []).map((svg) => `<figure>${svg}</figure>`),
       ...(section.tables ?? []).map(tableHtml),
-      section.html ?? "",
       "</section>",
     ].filter((part) => part !== "").join("\n")
   );
@@ -98,37 +100,57 @@ ${parts.join("\n")}
   );
 }
 
-/** Lines over a continuous x. Throws when no series has a point. */
+/** Lines over a continuous x, with marks on the points where these are few. Throws when no series has a point. */
 export function lineChart(chart: ChartText & { readonly series: readonly Series[] }): Promise<string> {
-  const values = chart.series.flatMap(({ name, points }) => points.map(([x, y]) => ({ series: name, x, y })));
+  const valuesOf = ({ name, points }: Series) => points.map(([x, y]) => ({ series: name, x, y }));
+  const values = chart.series.flatMap(valuesOf);
   const names = chart.series.map(({ name }) => name);
+  const [xs, ys] = [values.map(({ x }) => x), values.map(({ y }) => y)];
+  const isSmall = ys.every((y) => Math.abs(y) < 0.01) && ys.some((y) => y !== 0);
   return draw(chart, {
     data: { values },
-    mark: { type: "line", strokeWidth: 2, strokeJoin: "round", point: values.length === names.length },
     encoding: {
       x: {
         field: "x",
         type: "quantitative",
         title: chart.x,
-        scale: { zero: false, nice: false },
-        axis: { grid: false, tickCount: 8 },
+        scale: { zero: false, nice: false, ...roomAround(xs, 1) },
+        axis: { grid: false, tickCount: 8, ...xs.every(Number.isInteger) ? WHOLE : {} },
       },
       y: {
         field: "y",
         type: "quantitative",
         title: chart.y,
-        scale: { zero: false },
-        axis: { labelExpr: SMALL_LABEL },
-      },
-      color: colour("series", names),
-      strokeDash: {
-        field: "series",
-        type: "nominal",
-        scale: { domain: names, range: chart.series.map(({ dashed }) => dashed === true ? [5, 4] : [1, 0]) },
-        legend: names.length > 1 ? { title: null } : null,
+        scale: { zero: false, ...roomAround(ys, Math.abs(ys[0] ?? 0) / 2 || 1) },
+        axis: isSmall ? { labelExpr: EXPONENT_LABEL } : {},
       },
     },
+    layer: [
+      {
+        mark: { type: "line", strokeWidth: 2, strokeJoin: "round" },
+        encoding: {
+          color: colour("series", names),
+          strokeDash: {
+            field: "series",
+            type: "nominal",
+            scale: { domain: names, range: chart.series.map(({ dashed }) => dashed === true ? [5, 4] : [1, 0]) },
+            legend: names.length > 1 ? { title: null } : null,
+          },
+        },
+      },
+      ...chart.series.flatMap((series, i) => {
+        if (series.points.length > FEW_POINTS) return [];
+        const mark = { type: "point", fill: COLOURS[i % COLOURS.length]!, strokeWidth: 0, size: 36, opacity: 1 };
+        return [{ data: { values: valuesOf(series) }, mark }];
+      }),
+    ],
   }, values.length);
+}
+
+/** The scale of numbers that are all the same: without it vega gives the axis one tick with six decimals. */
+function roomAround(numbers: readonly number[], room: number): { domain?: [number, number] } {
+  const first = numbers[0] ?? 0;
+  return numbers.some((n) => n !== first) ? {} : { domain: [first === 0 ? 0 : first - room, first + room] };
 }
 
 /** One horizontal bar per entry in the order given, its value beside it. Throws when there are no bars. */
@@ -159,21 +181,27 @@ export function barChart(
   }, values.length);
 }
 
-/** How often values fall into about `bins` equal intervals, one outline per series. Throws when there are no values. */
+/** How often values fall into at most 30 equal intervals, in one colour per series. Throws when there are no values. */
 export function histogram(
   chart: ChartText & {
     readonly series: readonly { readonly name: string; readonly values: readonly number[] }[];
-    readonly bins?: number;
   },
 ): Promise<string> {
   const values = chart.series.flatMap((series) => series.values.map((x) => ({ series: series.name, x })));
   const names = chart.series.map(({ name }) => name);
+  const isWhole = values.every(({ x }) => Number.isInteger(x));
   return draw(chart, {
     data: { values },
     mark: { type: "bar", opacity: names.length > 1 ? 0.6 : 0.9, binSpacing: 1 },
     encoding: {
-      x: { field: "x", type: "quantitative", title: chart.x, bin: { maxbins: chart.bins ?? 30 } },
-      y: { aggregate: "count", type: "quantitative", title: chart.y, stack: null },
+      x: {
+        field: "x",
+        type: "quantitative",
+        title: chart.x,
+        bin: { maxbins: 30, ...isWhole ? { minstep: 1 } : {} },
+        axis: isWhole ? WHOLE : {},
+      },
+      y: { aggregate: "count", type: "quantitative", title: chart.y, stack: null, axis: WHOLE },
       color: colour("series", names),
     },
   }, values.length);
@@ -218,7 +246,7 @@ async function draw(chart: ChartText, spec: object, marks: number): Promise<stri
         titleFontWeight: "normal",
         titlePadding: 8,
       },
-      legend: { ...text, orient: "top", symbolStrokeWidth: 3, symbolSize: 160, padding: 0, offset: 6 },
+      legend: { ...text, orient: "top", labelLimit: 0, symbolStrokeWidth: 3, symbolSize: 160, padding: 0, offset: 6 },
     },
     ...spec,
   };
@@ -235,13 +263,13 @@ async function draw(chart: ChartText, spec: object, marks: number): Promise<stri
 }
 
 function tableHtml(rows: readonly (readonly (string | number)[])[]): string {
+  const [head = [], ...body] = rows;
+  const columns = head.map((_, column) => body.map((row) => row[column]).filter((cell) => typeof cell === "number"));
   const line = (row: readonly (string | number)[], tag: "th" | "td") =>
     row.map((cell, column) => {
-      const numeric = rows.slice(1).some((other) => typeof other[column] === "number");
-      const text = typeof cell === "number" ? tableText([[cell]]) : cell;
-      return `<${tag}${numeric ? ' class="n"' : ""}>${escapeHtml(text)}</${tag}>`;
+      const text = typeof cell === "number" ? likeOthers(cell, columns[column] ?? []) : cell;
+      return `<${tag}${columns[column]?.length ? ' class="n"' : ""}>${escapeHtml(text)}</${tag}>`;
     }).join("");
-  const [head = [], ...body] = rows;
   return [
     '<div class="table"><table>',
     `<thead><tr>${line(head, "th")}</tr></thead>`,
@@ -249,4 +277,11 @@ function tableHtml(rows: readonly (readonly (string | number)[])[]): string {
     ...body.map((row) => `<tr>${line(row, "td")}</tr>`),
     "</tbody></table></div>",
   ].join("\n");
+}
+
+/** A number with as many decimals as the others of its column need; from a thousand on with none, as everywhere. */
+function likeOthers(cell: number, column: readonly number[]): string {
+  const texts = column.map((other) => tableText([[other]]));
+  if (Math.abs(cell) >= 1000 || texts.some((text) => text.includes("e"))) return tableText([[cell]]);
+  return cell.toFixed(Math.max(0, ...texts.map((text) => text.split(".")[1]?.length ?? 0)));
 }

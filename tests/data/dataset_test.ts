@@ -21,7 +21,7 @@ import type { SftRecord } from "../../lib/data/records.ts";
 import { openSafetensors, type TensorSource, writeSafetensors } from "../../lib/data/safetensors.ts";
 import { BLOG_TEMPLATE, chatTemplate } from "../../lib/data/template.ts";
 import { loadTokenizer } from "../../lib/data/tokenizer.ts";
-import { goldenPath } from "../check.ts";
+import { goldenPath, temporaryFolder } from "../check.ts";
 
 const tokenizer = loadTokenizer(goldenPath("tiny/tokenizer"));
 const template = chatTemplate({ template: BLOG_TEMPLATE, system: "", eos_token: tokenizer.eosToken });
@@ -182,18 +182,19 @@ Deno.test("statistics() counts what truncation and packing did", () => {
 });
 
 Deno.test("writeRows() and readRows() are each other's inverse, also for no rows", async () => {
-  const path = await Deno.makeTempFile();
+  using folder = temporaryFolder();
+  const path = folder.at("rows.safetensors");
   const examples = [[1, 2, 3], [4, 5]].map(example);
   for (const list of [examples, []]) {
     const rows = { ...packed(list, "bfd", 4), metadata: { packing: "bfd", max_seq_length: "4" } };
     await writeRows(path, rows);
     assertEquals(readRows(path), rows);
   }
-  await Deno.remove(path);
 });
 
 Deno.test("readRows() throws when the tensors do not fit each other", async () => {
-  const path = await Deno.makeTempFile();
+  using folder = temporaryFolder();
+  const path = folder.at("rows.safetensors");
   const i32 = (...values: number[]) => ({ dtype: "I32" as const, values: new Int32Array(values) });
   const i64 = (...values: number[]) => ({ dtype: "I64" as const, values: BigInt64Array.from(values, BigInt) });
   const right = {

@@ -13,22 +13,17 @@ import {
   writeJson,
   writeWhole,
 } from "../../lib/data/files.ts";
-
-async function inFolder(body: (dir: string) => Promise<void>): Promise<void> {
-  const dir = Deno.makeTempDirSync();
-  await body(dir).finally(() => Deno.removeSync(dir, { recursive: true }));
-}
+import { withFolder } from "../check.ts";
 
 Deno.test("exists() tells of files and folders, also below a file, and throws where nobody can tell", () =>
-  inFolder((dir) => {
+  withFolder((dir) => {
     Deno.writeTextFileSync(`${dir}/file`, "");
     assertEquals([dir, `${dir}/file`, `${dir}/none`, `${dir}/file/below`].map(exists), [true, true, false, false]);
     assertThrows(() => exists("a".repeat(300)));
-    return Promise.resolve();
   }));
 
 Deno.test("removeIfThere() removes a file or a whole folder, and passes over nothing but their absence", () =>
-  inFolder(async (dir) => {
+  withFolder(async (dir) => {
     Deno.mkdirSync(`${dir}/folder/sub`, { recursive: true });
     Deno.writeTextFileSync(`${dir}/folder/sub/file`, "");
     for (let i = 0; i < 2; i++) await removeIfThere(`${dir}/folder`);
@@ -37,7 +32,7 @@ Deno.test("removeIfThere() removes a file or a whole folder, and passes over not
   }));
 
 Deno.test("copyFolder() copies the files of a folder, in the place of another", () =>
-  inFolder(async (dir) => {
+  withFolder(async (dir) => {
     for (const name of ["from", "to"]) Deno.mkdirSync(`${dir}/${name}`);
     Deno.writeTextFileSync(`${dir}/from/a`, "first");
     Deno.writeTextFileSync(`${dir}/to/b`, "of another");
@@ -47,7 +42,7 @@ Deno.test("copyFolder() copies the files of a folder, in the place of another", 
   }));
 
 Deno.test("writeWhole() leaves nothing where it fails, and removePartial() what a killed process left", () =>
-  inFolder(async (dir) => {
+  withFolder(async (dir) => {
     const names = () => filesUnder(dir).map((path) => path.slice(dir.length + 1));
     Deno.mkdirSync(`${dir}/folder`);
     Deno.writeTextFileSync(`${dir}/folder/old`, "");
@@ -68,7 +63,7 @@ Deno.test("writeWhole() leaves nothing where it fails, and removePartial() what 
   }));
 
 Deno.test("filesUnder() follows links, but not in a circle, and says which leads nowhere", () =>
-  inFolder((dir) => {
+  withFolder((dir) => {
     for (const path of ["a/b", "c/out"]) Deno.mkdirSync(`${dir}/${path}`, { recursive: true });
     for (const path of ["a/1", "a/b/2", "c/3", "c/out/4", "c/skip"]) Deno.writeTextFileSync(`${dir}/${path}`, "");
     Deno.symlinkSync("..", `${dir}/a/b/up`);
@@ -85,7 +80,7 @@ Deno.test("filesUnder() follows links, but not in a circle, and says which leads
   }));
 
 Deno.test("checkHolds() says what is wanted of a folder, and what makes one", () =>
-  inFolder((dir) => {
+  withFolder((dir) => {
     const check = (path: string) => checkHolds(path, { name: "a.json", wanted: "a thing", run: "deno task 00" });
     const rest = 'a thing is wanted: run "deno task 00" first';
     assertThrows(() => check(dir), Error, `Cannot read "${dir}": it has no a.json: ${rest}`);

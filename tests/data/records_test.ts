@@ -2,6 +2,7 @@
 import { assertEquals, assertRejects, assertThrows } from "@std/assert";
 import { fileURLToPath } from "node:url";
 import { carveSplits, findSplits, placeOf, readRecords, readSplits, type SftRecord } from "../../lib/data/records.ts";
+import { temporaryFolder } from "../check.ts";
 
 const PARQUET = fileURLToPath(new URL("../../fixtures/records/messages.parquet", import.meta.url));
 const PAIR = [{ role: "user", content: "q" }, { role: "assistant", content: "a" }];
@@ -22,25 +23,27 @@ Deno.test("readRecords() reads the shapes of TRL", async () => {
     }],
   ];
   for (const [row, record] of cases) {
-    using dir = folder({ "a.jsonl": JSON.stringify(row) });
+    using dir = temporaryFolder({ "a.jsonl": JSON.stringify(row) });
     assertEquals((await readRecords([dir.at("a.jsonl")])).records, [record]);
   }
 });
 
 Deno.test("readRecords() takes the first shape that is complete and names the columns it leaves", async () => {
-  using dir = folder({ "a.jsonl": '{"id": 1, "text": "t", "question": "q", "answer": "a"}\n' });
+  using dir = temporaryFolder({ "a.jsonl": '{"id": 1, "text": "t", "question": "q", "answer": "a"}\n' });
   const { records, columns, unread } = await readRecords([dir.at("a.jsonl")]);
   assertEquals([records, columns, unread], [[{ text: "t" }], ["text"], ["id", "question", "answer"]]);
 });
 
 Deno.test("readRecords() reads lines that end in CRLF, a byte order mark, blank lines, and stops at the limit", async () => {
-  using dir = folder({ "a.jsonl": '\ufeff{"text": "1"}\r\n\r\n{"text": "2\u2028"}\r\n{"text": "3"}\nnot JSON' });
+  using dir = temporaryFolder({
+    "a.jsonl": '\ufeff{"text": "1"}\r\n\r\n{"text": "2\u2028"}\r\n{"text": "3"}\nnot JSON',
+  });
   const { records } = await readRecords([dir.at("a.jsonl")], { limit: 2 });
   assertEquals(records, [{ text: "1" }, { text: "2\u2028" }]);
 });
 
 Deno.test("readRecords() reads a JSON array that spans lines, and several files in order", async () => {
-  using dir = folder({ "a.json": '[\n{"text": "1"},\n{"text": "2"}\n]', "b.json": '\ufeff[{"text": "3"}]' });
+  using dir = temporaryFolder({ "a.json": '[\n{"text": "1"},\n{"text": "2"}\n]', "b.json": '\ufeff[{"text": "3"}]' });
   const { records } = await readRecords([dir.at("a.json"), dir.at("b.json")]);
   assertEquals(records, [{ text: "1" }, { text: "2" }, { text: "3" }]);
 });
@@ -67,7 +70,7 @@ Deno.test("readRecords() reads Parquet under every compression, and tells where 
     assertEquals(found.records, records, compression);
     assertEquals(found.records.map(placeOf), [0, 1, 2].map((row) => `"${path}", row ${row}`));
   }
-  using dir = folder({ "a.jsonl": '\n{"text": "a"}\n\n{"text": "a"}\n' });
+  using dir = temporaryFolder({ "a.jsonl": '\n{"text": "a"}\n\n{"text": "a"}\n' });
   const lines = await readRecords([dir.at("a.jsonl")]);
   assertEquals(lines.records.map(placeOf), [2, 4].map((line) => `"${dir.at("a.jsonl")}", line ${line}`));
 });
@@ -88,18 +91,18 @@ Deno.test("readRecords() names the line and what is wrong with it", async () => 
     ['{"messages": [{"role": "user"}]}', '"value" is missing, not text'],
   ];
   for (const [lines, message] of cases) {
-    using dir = folder({ "a.jsonl": lines });
+    using dir = temporaryFolder({ "a.jsonl": lines });
     await assertRejects(() => readRecords([dir.at("a.jsonl")]), Error, message);
   }
-  using dir = folder({ "a.jsonl": new Uint8Array([123, 34, 0xff, 34, 125]) });
+  using dir = temporaryFolder({ "a.jsonl": new Uint8Array([123, 34, 0xff, 34, 125]) });
   await assertRejects(() => readRecords([dir.at("a.jsonl")]), SyntaxError, ", line 1: it is not UTF-8 text");
   const third = new TextEncoder().encode('{"text": "ü"}\n{"text": "b"}\n{"text": "c"}\n');
   third[third.lastIndexOf(99)] = 0xff;
-  using late = folder({ "a.jsonl": third });
+  using late = temporaryFolder({ "a.jsonl": third });
   await assertRejects(() => readRecords([late.at("a.jsonl")]), SyntaxError, ", line 3: it is not UTF-8 text");
   const array = new TextEncoder().encode(`[\n{"text": "ü"},\n{"text": "${"b".repeat(300_000)}"},\n{"text": "c"}\n]`);
   array[array.lastIndexOf(99)] = 0xff;
-  using list = folder({ "a.json": array, "b.json": array.subarray(0, -1) });
+  using list = temporaryFolder({ "a.json": array, "b.json": array.subarray(0, -1) });
   for (const name of ["a.json", "b.json"]) {
     await assertRejects(() => readRecords([list.at(name)]), SyntaxError, `${name}", line 4: it is not UTF-8 text`);
   }
@@ -114,7 +117,7 @@ Deno.test("readRecords() says of a file that is no Parquet file, or half of one,
     [whole.subarray(0, -9), `its ${whole.length - 9} bytes do not end with "PAR1"`],
   ];
   for (const [content, message] of cases) {
-    using dir = folder({ "a.parquet": content });
+    using dir = temporaryFolder({ "a.parquet": content });
     await assertRejects(
       () => readRecords([dir.at("a.parquet")]),
       SyntaxError,
@@ -142,7 +145,7 @@ Deno.test("findSplits() finds the splits of a folder by their names", () => {
     [["constraints.jsonl"], { train: ["constraints.jsonl"] }],
   ];
   for (const [names, found] of cases) {
-    using dir = folder(Object.fromEntries(names.map((name) => [name, ""])));
+    using dir = temporaryFolder(Object.fromEntries(names.map((name) => [name, ""])));
     const paths = Object.entries(found).map(([split, files]) => [split, files.map(dir.at)]);
     assertEquals(findSplits(dir.path), Object.fromEntries(paths));
   }
@@ -157,7 +160,7 @@ Deno.test("findSplits() throws when it would have to guess", () => {
     [["train-00000-of-00003.parquet", "train-00002-of-00003.parquet"], "2 of 3 shards are there"],
   ];
   for (const [names, message] of cases) {
-    using dir = folder(Object.fromEntries(names.map((name) => [name, ""])));
+    using dir = temporaryFolder(Object.fromEntries(names.map((name) => [name, ""])));
     assertThrows(() => findSplits(dir.path), Error, message);
   }
   assertThrows(() => findSplits("none/such"), Error, "no such file or folder");
@@ -193,25 +196,13 @@ Deno.test("carveSplits() leaves no split empty when there are three records", ()
 
 Deno.test("readSplits() takes validation and test from files of their own and says what it carved", async () => {
   const lines = Array.from({ length: 100 }, (_, i) => `{"text": "${i}"}`).join("\n");
-  using dir = folder({ "all.jsonl": lines, "held_out.jsonl": '{"text": "v"}' });
+  using dir = temporaryFolder({ "all.jsonl": lines, "held_out.jsonl": '{"text": "v"}' });
   const { records, files, notes } = await readSplits(dir.at("all.jsonl"), { validation: dir.at("held_out.jsonl") });
   assertEquals(records.validation, [{ text: "v" }]);
   assertEquals(records.train.length + records.test.length, 100);
   assertEquals(files.test, [dir.at("all.jsonl")]);
   assertEquals(notes.at(-1)!.startsWith("Without a file of its own, test came out of train"), true);
 
-  using empty = folder({ "train.jsonl": "\n" });
+  using empty = temporaryFolder({ "train.jsonl": "\n" });
   await assertRejects(() => readSplits(empty.path), RangeError, "it has no records");
 });
-
-/** A folder with these files, removed when it goes out of scope. */
-function folder(files: Readonly<Record<string, string | Uint8Array>>) {
-  const path = Deno.makeTempDirSync();
-  const at = (name: string) => `${path}/${name}`;
-  for (const [name, content] of Object.entries(files)) {
-    Deno.mkdirSync(at(name).replace(/\/[^/]*$/, ""), { recursive: true });
-    if (typeof content === "string") Deno.writeTextFileSync(at(name), content);
-    else Deno.writeFileSync(at(name), content);
-  }
-  return { path, at, [Symbol.dispose]: () => Deno.removeSync(path, { recursive: true }) };
-}

@@ -1,6 +1,7 @@
 /** The reader against the reference library's verdicts, the writer against files that the library wrote, shards and big files. */
 import { assert, assertEquals, assertRejects, assertThrows } from "@std/assert";
 import { openModel, openSafetensors, type TensorSink, writeSafetensors } from "../../lib/data/safetensors.ts";
+import { temporaryFolder } from "../check.ts";
 
 const golden = new URL("../../fixtures/golden/", import.meta.url).pathname;
 const hex = (bytes: Uint8Array) => Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
@@ -58,19 +59,17 @@ Deno.test("a refusal names the file, the tensor and the value", () => {
 
 /** A file with this header and so many data bytes, opened: the error's message, or the names of its tensors. */
 function verdictOn(header: string, dataBytes = 8): string {
-  const dir = Deno.makeTempDirSync();
   const json = new TextEncoder().encode(header);
   const file = new Uint8Array(8 + json.length + dataBytes);
   new DataView(file.buffer).setBigUint64(0, BigInt(json.length), true);
   file.set(json, 8);
-  Deno.writeFileSync(`${dir}/x.safetensors`, file);
+  using folder = temporaryFolder({ "x.safetensors": file });
+  const path = folder.at("x.safetensors");
   try {
-    using source = openSafetensors(`${dir}/x.safetensors`);
+    using source = openSafetensors(path);
     return [...source.tensors.keys()].join();
   } catch (error) {
-    return (error as Error).message.replace(`Cannot read "${dir}/x.safetensors": `, "");
-  } finally {
-    Deno.removeSync(dir, { recursive: true });
+    return (error as Error).message.replace(`Cannot read "${path}": `, "");
   }
 }
 
@@ -99,7 +98,8 @@ const libraryFiles = ["tiny/model_hf", "tiny/model_4bit", "odd/model_hf"];
 for (const name of libraryFiles) {
   Deno.test(`writeSafetensors() writes ${name} byte for byte as the library did`, async () => {
     const path = `${golden}${name}/model.safetensors`;
-    const out = await Deno.makeTempFile();
+    using folder = temporaryFolder();
+    const out = folder.at("out");
     using source = openSafetensors(path);
     const sinks: TensorSink[] = [...source.tensors.values()].reverse().map((info) => ({
       name: info.name,
@@ -108,14 +108,13 @@ for (const name of libraryFiles) {
       data: () => Promise.resolve(source.read(info.name)),
     }));
     await writeSafetensors(out, sinks, source.metadata);
-    const same = hex(await Deno.readFile(out)) === hex(await Deno.readFile(path));
-    await Deno.remove(out);
-    assert(same);
+    assert(hex(await Deno.readFile(out)) === hex(await Deno.readFile(path)));
   });
 }
 
 Deno.test("writeSafetensors() orders by dtype rank and UTF-8 bytes, pads the header and calls data() in file order", async () => {
-  const out = await Deno.makeTempFile();
+  using folder = temporaryFolder();
+  const out = folder.at("out");
   const called: string[] = [];
   const sink = (name: string, dtype: TensorSink["dtype"], bytes: number): TensorSink => ({
     name,
@@ -153,11 +152,11 @@ Deno.test("writeSafetensors() orders by dtype rank and UTF-8 bytes, pads the hea
   assertEquals([...source.readRange("layers.2", 6, 2)], [8, 8]);
   assertThrows(() => source.readRange("layers.2", 6, 3), RangeError, "bytes 6 to 9");
   assertThrows(() => source.read("c"), Error, 'it has no tensor "c"');
-  await Deno.remove(out);
 });
 
 Deno.test("writeSafetensors() leaves no file behind when a tensor is wrong", async () => {
-  const dir = await Deno.makeTempDir();
+  using folder = temporaryFolder();
+  const dir = folder.path;
   const path = `${dir}/x.safetensors`;
   const bad: TensorSink = { name: "a", dtype: "F32", shape: [2], data: () => new Uint8Array(7) };
   await assertRejects(
@@ -167,11 +166,11 @@ Deno.test("writeSafetensors() leaves no file behind when a tensor is wrong", asy
   );
   await assertRejects(() => writeSafetensors(path, [bad, bad]), RangeError, 'the tensor name "a" is given twice');
   assertEquals([...Deno.readDirSync(dir)], []);
-  await Deno.remove(dir);
 });
 
 Deno.test("openModel() reads shards as one model and refuses an index that does not hold", async () => {
-  const dir = await Deno.makeTempDir();
+  using folder = temporaryFolder();
+  const dir = folder.path;
   const sink = (name: string, value: number): TensorSink => ({
     name,
     dtype: "F32",
@@ -212,17 +211,17 @@ Deno.test("openModel() reads shards as one model and refuses an index that does 
   }
   Deno.writeTextFileSync(`${dir}/model.safetensors.index.json`, "[]");
   assertThrows(() => openModel(dir), SyntaxError, 'it has no object "weight_map"');
-  await Deno.remove(dir, { recursive: true });
 });
 
 Deno.test("a tensor that lies beyond 4 GiB is read at its place", async () => {
-  const path = await Deno.makeTempFile();
+  using folder = temporaryFolder();
+  const path = folder.at("far");
   const far = 5 * 2 ** 30;
   const json = new TextEncoder().encode(
     `{"far":{"dtype":"U8","shape":[4],"data_offsets":[${far},${far + 4}]},` +
       `"hole":{"dtype":"U8","shape":[${far}],"data_offsets":[0,${far}]}}`,
   );
-  const file = await Deno.open(path, { write: true });
+  const file = await Deno.open(path, { write: true, create: true });
   const head = new Uint8Array(8 + json.length);
   new DataView(head.buffer).setBigUint64(0, BigInt(json.length), true);
   head.set(json, 8);
@@ -235,5 +234,4 @@ Deno.test("a tensor that lies beyond 4 GiB is read at its place", async () => {
     assertEquals([...source.read("far")], [1, 2, 3, 4]);
     assertEquals([...source.readRange("hole", far - 2, 2)], [0, 0]);
   }
-  await Deno.remove(path);
 });

@@ -2,7 +2,7 @@
 import { assertEquals, assertThrows } from "@std/assert";
 import { BLOG_SYSTEM, BLOG_TEMPLATE, chatTemplate, readTemplate } from "../../lib/data/template.ts";
 import { loadTokenizer } from "../../lib/data/tokenizer.ts";
-import { goldenPath } from "../check.ts";
+import { goldenPath, temporaryFolder } from "../check.ts";
 
 const EOS = "<|endoftext|>";
 const blog = chatTemplate({ template: BLOG_TEMPLATE, system: BLOG_SYSTEM, eos_token: EOS });
@@ -70,7 +70,8 @@ Deno.test("chatTemplate() throws a SyntaxError for Jinja that does not parse, or
 });
 
 Deno.test("readTemplate() reads what stage 03 writes and names the field that is missing", () => {
-  const path = Deno.makeTempFileSync();
+  using folder = temporaryFolder();
+  const path = folder.at("template.json");
   Deno.writeTextFileSync(path, JSON.stringify({ ...blog.source, eos_token_id: 7 }));
   assertEquals(readTemplate(path).renderPrompt("q"), blog.renderPrompt("q"));
   Deno.writeTextFileSync(path, JSON.stringify({ template: "" }));

@@ -2,6 +2,7 @@
 import { assert, assertEquals, assertThrows } from "@std/assert";
 import { toFloat32 } from "../../lib/data/dtype.ts";
 import { openTorchCheckpoint } from "../../lib/data/torch_zip.ts";
+import { temporaryFolder } from "../check.ts";
 
 const fixtures = new URL("../../fixtures/torch/", import.meta.url).pathname;
 
@@ -121,13 +122,8 @@ function archive(pickled: string, { zip64 = false, method = 0, byteorder, data }
 
 /** Opens the bytes as a file and gives what `use` makes of it. */
 function withFile<T>(bytes: Uint8Array, use: (path: string) => T): T {
-  const path = Deno.makeTempFileSync({ suffix: ".pt" });
-  try {
-    Deno.writeFileSync(path, bytes);
-    return use(path);
-  } finally {
-    Deno.removeSync(path);
-  }
+  using folder = temporaryFolder({ "file.pt": bytes });
+  return use(folder.at("file.pt"));
 }
 
 function values(bytes: Uint8Array, name = "a"): number[] {

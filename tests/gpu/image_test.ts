@@ -71,7 +71,6 @@ gpuTest("an image holds its tensor, in one row or in several with a part of the 
 gpuTest(
   "a tensor that has more rows than a device allows is read in wide ones, and refused beyond those",
   async (bench) => {
-    if (bench.gpu.lanes !== "subgroup") return;
     const limits = { maxTextureDimension2D: 3, maxComputeWorkgroupsPerDimension: 65535 } as GPUSupportedLimits;
     const small = { ...bench, gpu: { ...bench.gpu, limits } };
     for (const texels of [3 * 512, 3 * 512 + 1, 8192, 2 * 8192 + 7, 3 * 8192]) {
@@ -89,6 +88,7 @@ gpuTest(
     );
     free();
   },
+  { models: ["subgroup"] }, // only these kernels read images
 );
 
 gpuTest("a tensor is read as it is, whoever wrote it last: a kernel, a copy, a clearing, an upload", async (bench) => {

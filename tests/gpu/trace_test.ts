@@ -8,7 +8,7 @@ import { byLabel, chromeTrace } from "../../lib/gpu/trace.ts";
 import { Trainer } from "../../lib/model/trainer.ts";
 import { createSwiglu } from "../../lib/ops/swiglu.ts";
 import { randomBatch, SMALL, writeRandomModel } from "../bench/problem.ts";
-import { wave } from "../check.ts";
+import { temporaryFolder, wave } from "../check.ts";
 import { NO_GPU as ignore } from "../on_gpu.ts";
 
 const ROWS = 300, DIM = 512;
@@ -76,8 +76,9 @@ Deno.test("byLabel() adds up and sorts, chromeTrace() is the JSON that trace vie
 });
 
 Deno.test("Trainer.profile() learns the same bits as update()", { ignore }, async () => {
-  const dir = await Deno.makeTempDir(), config = { ...SMALL, num_hidden_layers: 1, vocab_size: 64 };
-  const { model, adapter } = await writeRandomModel(dir, { config, quantized: true });
+  using folder = temporaryFolder();
+  const config = { ...SMALL, num_hidden_layers: 1, vocab_size: 64 };
+  const { model, adapter } = await writeRandomModel(folder.path, { config, quantized: true });
   const batches = [1, 2].map((seed) => randomBatch({ rows: 1, length: 24, vocab: 64, seed }));
   const hyper = { optimizer: "adamw", weightDecay: 0.01, beta1: 0.9, beta2: 0.999, eps: 1e-8, maxGradNorm: 1 } as const;
   const learnt = [];
@@ -96,5 +97,4 @@ Deno.test("Trainer.profile() learns the same bits as update()", { ignore }, asyn
     trainer.llama.destroy();
   }
   assertEquals(learnt[1], learnt[0]);
-  await Deno.remove(dir, { recursive: true });
 });

@@ -2,6 +2,7 @@
 import { assert, assertEquals, assertMatch, assertRejects, assertThrows } from "@std/assert";
 import { type FetchOptions, fetchRepo, parseSpec } from "../../lib/hub/download.ts";
 import { NO_HUB, startHub } from "./stand_in.ts";
+import { temporaryFolder } from "../check.ts";
 
 const TOKEN = "hf_" + "c".repeat(34);
 const KEY = "models/you/base";
@@ -25,7 +26,8 @@ interface Trial {
 
 async function trial(body: (trial: Trial) => Promise<void>) {
   const hub = await startHub({ token: TOKEN });
-  const cacheDir = await Deno.makeTempDir();
+  using folder = temporaryFolder();
+  const cacheDir = folder.path;
   const commit = hub.seed(KEY, FILES, { isPrivate: true });
   const notes: string[] = [];
   const defaults: FetchOptions = {
@@ -49,7 +51,6 @@ async function trial(body: (trial: Trial) => Promise<void>) {
     }
   } finally {
     await hub.close();
-    await Deno.remove(cacheDir, { recursive: true });
   }
 }
 

@@ -4,6 +4,7 @@ import { createHash } from "node:crypto";
 import { checkRepoId, type HubAccess, hubBase } from "../../lib/hub/retry.ts";
 import { accountName, likelyMode, listLocal, uploadFolder, type UploadOptions } from "../../lib/hub/upload.ts";
 import { type Fault, NO_HUB, startHub } from "./stand_in.ts";
+import { temporaryFolder } from "../check.ts";
 
 const TOKEN = "hf_" + "a".repeat(34);
 const ID = "you/medslm";
@@ -15,17 +16,14 @@ const random = (bytes: number, seed: number) =>
 const sha256 = (data: Uint8Array) => createHash("sha256").update(data).digest("hex");
 
 /** A folder like 07's: a large file, small ones, an empty one, one in a folder, and names that must stay out. */
-async function makeFolder(): Promise<string> {
-  const dir = await Deno.makeTempDir();
-  await Deno.mkdir(`${dir}/tokenizer`);
-  await Deno.writeFile(`${dir}/model.safetensors`, random(900_001, 1));
-  await Deno.writeTextFile(`${dir}/config.json`, '{\n  "vocab_size": 50257\n}\n');
-  await Deno.writeTextFile(`${dir}/tokenizer/merges.txt`, "é ü\n");
-  await Deno.writeTextFile(`${dir}/empty.txt`, "");
-  await Deno.writeTextFile(`${dir}/manifest.json`, "{}");
-  await Deno.writeTextFile(`${dir}/.DS_Store`, "x");
-  return dir;
-}
+const FILES = {
+  "model.safetensors": random(900_001, 1),
+  "config.json": '{\n  "vocab_size": 50257\n}\n',
+  "tokenizer/merges.txt": "é ü\n",
+  "empty.txt": "",
+  "manifest.json": "{}",
+  ".DS_Store": "x",
+};
 
 interface Trial {
   readonly hub: Hub;
@@ -41,7 +39,8 @@ async function trial(
   body: (trial: Trial) => Promise<void>,
 ) {
   const hub = await startHub({ token: TOKEN, ...(chunk ? { chunk } : {}) });
-  const dir = await makeFolder();
+  using folder = temporaryFolder(FILES);
+  const dir = folder.path;
   const waits: number[] = [];
   const notes: string[] = [];
   const access: HubAccess = {
@@ -67,7 +66,6 @@ async function trial(
     assert(!notes.join().includes(TOKEN));
   } finally {
     await hub.close();
-    await Deno.remove(dir, { recursive: true });
   }
 }
 

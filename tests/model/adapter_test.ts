@@ -13,7 +13,7 @@ import {
 import { linearModules, readConfig } from "../../lib/model/config.ts";
 import { openSafetensors, writeSafetensors } from "../../lib/data/safetensors.ts";
 import { rounded } from "../../lib/data/dtype.ts";
-import { goldenPath } from "../check.ts";
+import { goldenPath, withFolder } from "../check.ts";
 
 interface Initial {
   readonly seed: number;
@@ -32,16 +32,6 @@ const lora: LoraConfig = {
   use_rslora: false,
   base_model_name_or_path: "model_hf",
 };
-
-/** Runs `use` with an empty folder, which is removed afterwards. */
-async function withFolder(use: (dir: string) => Promise<void>): Promise<void> {
-  const dir = await Deno.makeTempDir();
-  try {
-    await use(dir);
-  } finally {
-    await Deno.remove(dir, { recursive: true });
-  }
-}
 
 Deno.test("initAdapter() and saveAdapter() write PEFT's initial adapters byte for byte", async () => {
   const cases: Record<string, Initial> = JSON.parse(Deno.readTextFileSync(goldenPath("initial_adapters.json")));

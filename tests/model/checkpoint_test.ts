@@ -11,13 +11,8 @@ import {
 } from "../../lib/model/checkpoint.ts";
 import type { OptimizerKind } from "../../lib/model/optimizer.ts";
 import { Trainer } from "../../lib/model/trainer.ts";
-import { goldenPath } from "../check.ts";
+import { goldenPath, withFolder } from "../check.ts";
 import { NO_GPU } from "../on_gpu.ts";
-
-async function inFolder(body: (dir: string) => Promise<void>): Promise<void> {
-  const dir = Deno.makeTempDirSync();
-  await body(dir).finally(() => Deno.removeSync(dir, { recursive: true }));
-}
 
 const inputIds = Int32Array.from({ length: 24 }, (_, i) => (37 * i) % 300);
 const positionIds = Int32Array.from(inputIds, (_, i) => i % 12);
@@ -48,7 +43,7 @@ for (const [optimizer, train] of [["adamw_8bit", "lora"], ["adamw", "full"]] as 
     `a trainer that loads a checkpoint goes on with the same bits: ${train}, ${optimizer}`,
     { ignore: NO_GPU },
     () =>
-      inFolder(async (dir) => {
+      withFolder(async (dir) => {
         const save = (trainer: Trainer, step: number, name = `step-${step}`) =>
           saveCheckpoint(`${dir}/${name}`, {
             trainer,
@@ -78,7 +73,7 @@ for (const [optimizer, train] of [["adamw_8bit", "lora"], ["adamw", "full"]] as 
 Deno.test("loadCheckpoint() refuses other settings, other files, another kind of run and a damaged file", {
   ignore: NO_GPU,
 }, () =>
-  inFolder(async (dir) => {
+  withFolder(async (dir) => {
     const trainer = await open("adamw_8bit", "lora");
     const at = (step: number) => `${dir}/step-${step}`;
     const run = { step: 2, logBytes: 0, best: { step: 1, evalLoss: 1 }, settings };
@@ -116,7 +111,7 @@ Deno.test("loadCheckpoint() refuses other settings, other files, another kind of
   }));
 
 Deno.test("listCheckpoints() counts whole ones alone, by number; pruneCheckpoints() keeps the newest", () =>
-  inFolder(async (dir) => {
+  withFolder(async (dir) => {
     assertEquals(listCheckpoints(`${dir}/nowhere`), []);
     for (const name of ["step-9", "step-100", "step-20", "step-120.partial", "best"]) Deno.mkdirSync(`${dir}/${name}`);
     const steps = () => listCheckpoints(dir).map(({ step }) => step);
@@ -136,7 +131,7 @@ Deno.test("listCheckpoints() counts whole ones alone, by number; pruneCheckpoint
   }));
 
 Deno.test("readRunState() gives what was remembered and refuses a file that no run wrote", () =>
-  inFolder(async (dir) => {
+  withFolder(async (dir) => {
     const run = { step: 3, logBytes: 123, best: { step: 2, evalLoss: 1.5 }, settings };
     await writeSafetensors(`${dir}/state.safetensors`, [], { run: JSON.stringify(run) });
     assertEquals(readRunState(dir), run);

@@ -9,19 +9,15 @@ import {
   parameterShapes,
   readConfig,
 } from "../../lib/model/config.ts";
+import { temporaryFolder } from "../check.ts";
 
 const golden = new URL("../../fixtures/golden/", import.meta.url).pathname;
 
 /** Reads a config made from tiny's by `change`. */
 function changed(change: Record<string, unknown>): ReturnType<typeof readConfig> {
-  const dir = Deno.makeTempDirSync();
   const json = { ...JSON.parse(Deno.readTextFileSync(`${golden}tiny/model_hf/config.json`)), ...change };
-  Deno.writeTextFileSync(`${dir}/config.json`, JSON.stringify(json));
-  try {
-    return readConfig(dir);
-  } finally {
-    Deno.removeSync(dir, { recursive: true });
-  }
+  using folder = temporaryFolder({ "config.json": JSON.stringify(json) });
+  return readConfig(folder.path);
 }
 
 for (const name of ["tiny", "odd"]) {

@@ -11,6 +11,7 @@ import { Llama, type MicroBatch } from "../../lib/model/llama.ts";
 import { readSlots } from "../../lib/model/lora.ts";
 import { Trainer } from "../../lib/model/trainer.ts";
 import { assertClose, golden, goldenPath } from "../check.ts";
+import { NO_GPU } from "../on_gpu.ts";
 import { llamaBackward, llamaForward } from "../reference_llama.ts";
 
 const P = 0.25, DRAW = 1234;
@@ -41,59 +42,71 @@ async function gradients(checkpointing: "none" | "block") {
   return { config, evaluated, loss, grads };
 }
 
-Deno.test("Llama drops what each projection's adapter reads in training, and nothing in evaluation", async () => {
-  const { config, evaluated, loss, grads } = await gradients("none");
-  const masks = new Map<string, Float64Array>();
-  for (let layer = 0; layer < config.num_hidden_layers; layer++) {
-    for (const [m, module] of linearModules.entries()) {
-      const salt = layer * linearModules.length + m, count = 48 * linearShape(config, module)[1];
-      const mask = Float64Array.from(
-        { length: count },
-        (_, i) => (hash32(DRAW, salt, i) >>> 8) * 2 ** -24 >= P ? 1 / (1 - P) : 0,
-      );
-      masks.set(moduleName(layer, module), mask);
+Deno.test(
+  "Llama drops what each projection's adapter reads in training, and nothing in evaluation",
+  { ignore: NO_GPU },
+  async () => {
+    const { config, evaluated, loss, grads } = await gradients("none");
+    const masks = new Map<string, Float64Array>();
+    for (let layer = 0; layer < config.num_hidden_layers; layer++) {
+      for (const [m, module] of linearModules.entries()) {
+        const salt = layer * linearModules.length + m, count = 48 * linearShape(config, module)[1];
+        const mask = Float64Array.from(
+          { length: count },
+          (_, i) => (hash32(DRAW, salt, i) >>> 8) * 2 ** -24 >= P ? 1 / (1 - P) : 0,
+        );
+        masks.set(moduleName(layer, module), mask);
+      }
     }
-  }
-  const weights = golden("tiny/model_hf/model.safetensors").floats();
-  const tokens = { inputIds, positionIds, labels };
-  const state = llamaForward(config, { weights, tokens, adapter: tensors, scaling: lora.lora_alpha / lora.r, masks });
-  assertClose([loss], [state.loss], { max: 1e-5, name: "loss" });
-  assertClose([evaluated], file.f32("packed.loss"), { max: 1e-5, name: "loss without dropout" });
-  const expected = llamaBackward(state).gradients;
-  for (const [name, values] of grads) assertClose(values, expected.get(name)!, { max: 2e-5, name });
-});
+    const weights = golden("tiny/model_hf/model.safetensors").floats();
+    const tokens = { inputIds, positionIds, labels };
+    const state = llamaForward(config, { weights, tokens, adapter: tensors, scaling: lora.lora_alpha / lora.r, masks });
+    assertClose([loss], [state.loss], { max: 1e-5, name: "loss" });
+    assertClose([evaluated], file.f32("packed.loss"), { max: 1e-5, name: "loss without dropout" });
+    const expected = llamaBackward(state).gradients;
+    for (const [name, values] of grads) assertClose(values, expected.get(name)!, { max: 2e-5, name });
+  },
+);
 
-Deno.test("dropout draws the same again when block checkpointing computes a layer twice", async () => {
-  const [none, block] = [await gradients("none"), await gradients("block")];
-  assertEquals(block.grads, none.grads);
-});
+Deno.test(
+  "dropout draws the same again when block checkpointing computes a layer twice",
+  { ignore: NO_GPU },
+  async () => {
+    const [none, block] = [await gradients("none"), await gradients("block")];
+    assertEquals(block.grads, none.grads);
+  },
+);
 
-Deno.test("Trainer draws anew for every micro-batch and update, by seed, update and micro-batch", async () => {
-  const options = {
-    model: goldenPath("tiny/model_hf"),
-    adapter: { lora: { ...lora, lora_dropout: P }, tensors },
-    train: "lora" as const,
-    tokens: 48,
-  };
-  const hyper = {
-    optimizer: "adamw" as const,
-    weightDecay: 0,
-    beta1: 0.9,
-    beta2: 0.999,
-    eps: 1e-8,
-    maxGradNorm: 0,
-    seed: 7,
-  };
-  const trainer = await Trainer.open({ ...options, hyper });
-  for (const step of [1, 2]) trainer.update([batch, batch], { step, learningRate: 0 });
-  const found = (await trainer.read()).map(({ loss }) => loss);
-  trainer.llama.destroy();
-  const llama = await Llama.open(options);
-  for (const step of [1, 2]) {
-    for (const i of [0, 1]) llama.accumulate(batch, { items: 2 * items, slot: step, draw: hash32(7, step, i) });
-  }
-  const sums = await llama.losses();
-  llama.destroy();
-  assertEquals(found, [1, 2].map((step) => sums[step]! / (2 * items)));
-  assertNotEquals(found[0], found[1]);
-});
+Deno.test(
+  "Trainer draws anew for every micro-batch and update, by seed, update and micro-batch",
+  { ignore: NO_GPU },
+  async () => {
+    const options = {
+      model: goldenPath("tiny/model_hf"),
+      adapter: { lora: { ...lora, lora_dropout: P }, tensors },
+      train: "lora" as const,
+      tokens: 48,
+    };
+    const hyper = {
+      optimizer: "adamw" as const,
+      weightDecay: 0,
+      beta1: 0.9,
+      beta2: 0.999,
+      eps: 1e-8,
+      maxGradNorm: 0,
+      seed: 7,
+    };
+    const trainer = await Trainer.open({ ...options, hyper });
+    for (const step of [1, 2]) trainer.update([batch, batch], { step, learningRate: 0 });
+    const found = (await trainer.read()).map(({ loss }) => loss);
+    trainer.llama.destroy();
+    const llama = await Llama.open(options);
+    for (const step of [1, 2]) {
+      for (const i of [0, 1]) llama.accumulate(batch, { items: 2 * items, slot: step, draw: hash32(7, step, i) });
+    }
+    const sums = await llama.losses();
+    llama.destroy();
+    assertEquals(found, [1, 2].map((step) => sums[step]! / (2 * items)));
+    assertNotEquals(found[0], found[1]);
+  },
+);

@@ -19,6 +19,7 @@ import {
 import { readConfig } from "../../lib/model/config.ts";
 import { tokenizerFiles } from "../../lib/data/tokenizer.ts";
 import { rebuilt } from "../golden/rebuild.ts";
+import { temporaryFolder } from "../check.ts";
 
 const fixtures = new URL("../../fixtures/", import.meta.url).pathname;
 const golden = `${fixtures}golden/`;
@@ -242,7 +243,8 @@ Deno.test("convertTensor() rounds to 16 bits and refuses what does not fit", () 
 });
 
 Deno.test("openCheckpoint() finds the one checkpoint of a folder and says when there is none or more", async () => {
-  const dir = await Deno.makeTempDir();
+  using folder = temporaryFolder();
+  const dir = folder.path;
   assertThrows(() => openCheckpoint(dir), Error, "no checkpoint");
   assertThrows(() => openCheckpoint(`${dir}/gone`), Error, "no such file or folder");
   await Deno.copyFile(`${fixtures}torch/medslm.pt`, `${dir}/final.pt`);
@@ -267,5 +269,4 @@ Deno.test("openCheckpoint() finds the one checkpoint of a folder and says when t
   using source = openCheckpoint(dir).source;
   using same = openSafetensors(`${dir}/weights.safetensors`);
   assertEquals([...source.tensors.keys()], [...same.tensors.keys()]);
-  await Deno.remove(dir, { recursive: true });
 });

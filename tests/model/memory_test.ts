@@ -8,6 +8,7 @@ import vm from "node:vm";
 import { Trainer } from "../../lib/model/trainer.ts";
 import { blogConfig, randomBatch, writeRandomModel } from "../bench/problem.ts";
 import { NO_GPU as ignore } from "../on_gpu.ts";
+import { temporaryFolder } from "../check.ts";
 
 const CONFIG = blogConfig({
   vocab_size: 64,
@@ -24,8 +25,8 @@ const HYPER = { weightDecay: 0.01, beta1: 0.9, beta2: 0.999, eps: 1e-8, maxGradN
 
 /** Opens a very small model, hands over a function that makes some updates, and frees it. */
 async function training(body: (update: (count: number) => Promise<void>) => Promise<void>): Promise<void> {
-  const dir = await Deno.makeTempDir();
-  const { model, adapter } = await writeRandomModel(dir, { config: CONFIG, quantized: true });
+  using folder = temporaryFolder();
+  const { model, adapter } = await writeRandomModel(folder.path, { config: CONFIG, quantized: true });
   const hyper = { ...HYPER, optimizer: "adamw_8bit" } as const;
   const trainer = await Trainer.open({ model, adapter, train: "lora", tokens: 16, hyper });
   const batch = randomBatch({ rows: 1, length: 16, vocab: CONFIG.vocab_size, seed: 1 });
@@ -39,7 +40,6 @@ async function training(body: (update: (count: number) => Promise<void>) => Prom
   });
   for (const tensor of trainer.optimizer.state.values()) tensor.buffer.destroy();
   trainer.llama.destroy();
-  await Deno.remove(dir, { recursive: true });
 }
 
 Deno.test("An update records nothing anew, and every buffer of a reading is destroyed", { ignore }, async () => {

@@ -1,15 +1,8 @@
 /**
- * The merge against PEFT's (golden data made with merge_and_unload), against the plain formula where PEFT left none, and
- * stage 07 as a process. Bounds: 1e-6 for float32 weights, 1e-5 for logits; bfloat16 has to agree bit for bit.
+ * The merge against PEFT's (golden data made with merge_and_unload), and against the plain formula where PEFT left none.
+ * Bounds: 1e-6 for float32 weights, 1e-5 for logits; bfloat16 has to agree bit for bit.
  */
-import {
-  assert,
-  assertAlmostEquals,
-  assertEquals,
-  assertRejects,
-  assertStringIncludes,
-  assertThrows,
-} from "@std/assert";
+import { assert, assertAlmostEquals, assertEquals, assertRejects, assertThrows } from "@std/assert";
 import { fromFloat32, toFloat32 } from "../../lib/data/dtype.ts";
 import { openModel, writeSafetensors } from "../../lib/data/safetensors.ts";
 import { adapterTensors, type LoraConfig, readAdapter, saveAdapter } from "../../lib/model/adapter.ts";
@@ -23,9 +16,8 @@ import {
 } from "../../lib/model/config.ts";
 import { addLowRank, checkLogits, mergeModel } from "../../lib/model/merge.ts";
 import { dequantizeWeight, isQuantized, quantizedWeights, readQuantState } from "../../lib/model/quantized.ts";
-import { assertClose, golden, goldenPath, wave } from "../check.ts";
+import { assertClose, golden, goldenPath, wave, withFolder } from "../check.ts";
 import { llamaForward } from "../reference_llama.ts";
-import { NO_GPU } from "../on_gpu.ts";
 
 const MODEL = goldenPath("tiny/model_hf"), MODEL_4BIT = goldenPath("tiny/model_4bit");
 const ADAPTER = goldenPath("tiny/train/adamw_torch/final_adapter");
@@ -35,15 +27,6 @@ const config = readConfig(MODEL);
 function weightsOf(dir: string): Map<string, Float32Array> {
   using source = openModel(dir);
   return new Map([...source.tensors.values()].map(({ name, dtype }) => [name, toFloat32(source.read(name), dtype)]));
-}
-
-async function inFolder(body: (dir: string) => Promise<void>): Promise<void> {
-  const dir = await Deno.makeTempDir();
-  try {
-    await body(dir);
-  } finally {
-    await Deno.remove(dir, { recursive: true });
-  }
 }
 
 /** Writes a model folder in F32 or BF16. */
@@ -101,7 +84,7 @@ const lora: LoraConfig = {
 };
 
 Deno.test("mergeModel() gives PEFT's merged weights and its logits", () =>
-  inFolder(async (out) => {
+  withFolder(async (out) => {
     const told: number[] = [];
     const result = await mergeModel({
       model: MODEL,
@@ -127,7 +110,7 @@ Deno.test("mergeModel() gives PEFT's merged weights and its logits", () =>
   }));
 
 Deno.test("mergeModel() into a bfloat16 base rounds once, to PEFT's bits", () =>
-  inFolder(async (dir) => {
+  withFolder(async (dir) => {
     await writeModel(`${dir}/base`, { weights: weightsOf(MODEL), of: { ...config, dtype: "bfloat16" }, dtype: "BF16" });
     await mergeModel({ model: `${dir}/base`, adapter: ADAPTER, out: `${dir}/out`, dtype: "bfloat16" });
     const merged = weightsOf(`${dir}/out`), expected = golden("tiny/merge/bf16_layer0.safetensors");
@@ -137,7 +120,7 @@ Deno.test("mergeModel() into a bfloat16 base rounds once, to PEFT's bits", () =>
   }));
 
 Deno.test("mergeModel() onto 4-bit weights adds to their dequantized values and writes a dense model", () =>
-  inFolder(async (out) => {
+  withFolder(async (out) => {
     await mergeModel({ model: MODEL_4BIT, adapter: ADAPTER, out, dtype: "float32" });
     const merged = weightsOf(out), { tensors } = readAdapter(ADAPTER, config);
     using source = openModel(MODEL_4BIT);
@@ -160,7 +143,7 @@ Deno.test("mergeModel() onto 4-bit weights adds to their dequantized values and 
   }));
 
 Deno.test("mergeModel() scales by alpha / sqrt(r) for rsLoRA, at rank 43, and leaves modules alone that are no target", () =>
-  inFolder(async (dir) => {
+  withFolder(async (dir) => {
     const some: LoraConfig = {
       ...lora,
       r: 43,
@@ -193,7 +176,7 @@ Deno.test("addLowRank() adds scale · B·A in place and refuses an update of ano
 });
 
 Deno.test("mergeModel() keeps a tied head tied, whatever the file holds, and an untied one apart", () =>
-  inFolder(async (dir) => {
+  withFolder(async (dir) => {
     const head = wave(config.vocab_size * config.hidden_size);
     const weights = weightsOf(MODEL).set("lm_head.weight", head);
     for (const tied of [true, false]) {
@@ -205,7 +188,7 @@ Deno.test("mergeModel() keeps a tied head tied, whatever the file holds, and an 
   }));
 
 Deno.test("mergeModel() names the tensor of a value that the dtype cannot hold, and leaves no file", () =>
-  inFolder(async (dir) => {
+  withFolder(async (dir) => {
     const tensors = waves(lora), name = "base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight";
     tensors.get(name)![8 * 3 + 2] = NaN;
     await saveAdapter(`${dir}/adapter`, lora, tensors);
@@ -233,7 +216,7 @@ Deno.test("mergeModel() names the tensor of a value that the dtype cannot hold, 
   }));
 
 Deno.test("mergeModel() refuses an adapter or a base that does not fit, by the tensor", () =>
-  inFolder(async (dir) => {
+  withFolder(async (dir) => {
     const tensors = waves(lora), a = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight";
     tensors.set(a, wave(8 * 63));
     await saveAdapter(`${dir}/adapter`, lora, tensors);
@@ -268,76 +251,4 @@ Deno.test("checkLogits() accepts rounding and refuses more, NaN and missing rows
   checkLogits(rows, moved(2.4), "bfloat16");
   assertThrows(() => checkLogits(rows, moved(2.6), "bfloat16"), Error, "try --dtype float32");
   assertThrows(() => checkLogits(rows, moved(0.4), "float16"), Error, "rounding to float16");
-});
-
-Deno.test({
-  name: "07 writes both folders, proves them by their logits, and says where there is nothing to merge",
-  ignore: NO_GPU,
-  fn: () =>
-    inFolder(async (dir) => {
-      const script = new URL("../../scripts/07_merge.ts", import.meta.url).pathname;
-      const settings = new URL("../../deno.json", import.meta.url).pathname;
-      const run = async (...args: string[]) => {
-        const { code, stdout, stderr } = await new Deno.Command(Deno.execPath(), {
-          args: ["run", "-A", "--config", settings, script, "--quantized", MODEL_4BIT, ...args],
-          cwd: dir,
-          env: { NO_COLOR: "1", RECIPE: "" },
-        }).output();
-        const [out, err] = [new TextDecoder().decode(stdout).trim(), new TextDecoder().decode(stderr).trim()];
-        return { code, out, err };
-      };
-      const write = (path: string, text: string) => {
-        Deno.mkdirSync(`${dir}/${path}`.replace(/\/[^/]*$/, ""), { recursive: true });
-        Deno.writeTextFileSync(`${dir}/${path}`, text);
-      };
-      for (const { name } of Deno.readDirSync(MODEL)) {
-        write(`base/${name}`, "");
-        Deno.copyFileSync(`${MODEL}/${name}`, `${dir}/base/${name}`);
-      }
-      write("base/tokenizer.json", "{}");
-      write("data/template.json", '{"template":"{{ messages }}"}');
-      const paths = ["--model", "base", "--adapter", ADAPTER, "--dataset", "data", "--out", "out"];
-
-      const first = await run(...paths);
-      assertEquals(first.code, 0, first.err);
-      const { numbers, writes } = JSON.parse(first.out.split("\n").at(-1)!);
-      assert(numbers.max_logit_difference_relative <= 1e-5, `${numbers.max_logit_difference_relative}`);
-      assert(numbers.adapter_effect > 0.1, `${numbers.adapter_effect}`);
-      assertEquals(new Set(numbers.input_ids).size, 32);
-      const both = ["adapter_config.json", "adapter_model.safetensors", "template.json", "tokenizer.json"];
-      assertEquals(writes.map(({ path }: { path: string }) => path), [
-        ...both.map((name) => `lora_adapters/${name}`),
-        ...["config.json", "generation_config.json", "model.safetensors", "template.json", "tokenizer.json"]
-          .map((name) => `merged_model/${name}`),
-      ]);
-      for (const name of both.slice(0, 2)) {
-        assertEquals(Deno.readFileSync(`${dir}/out/lora_adapters/${name}`), Deno.readFileSync(`${ADAPTER}/${name}`));
-      }
-      assertStringIncludes((await run(...paths)).out, "07_merge is up to date");
-
-      const half = await run(...paths, "--base", "nf4", "--dtype", "bfloat16");
-      assertEquals(half.code, 0, half.err);
-      assertStringIncludes(half.out, "merged against 4-bit base + adapter");
-      const { numbers: rounded } = JSON.parse(half.out.split("\n").at(-1)!);
-      assert(rounded.max_logit_difference > 1e-3 && rounded.max_logit_difference_relative < rounded.bound);
-      assertEquals(readConfig(`${dir}/out/merged_model`).dtype, "bfloat16");
-
-      const wrong = await run(...paths, "--model", MODEL_4BIT);
-      assertEquals([wrong.code, wrong.err.split("\n").length], [1, 1]);
-      assertStringIncludes(wrong.err, `Cannot merge onto "${MODEL_4BIT}": its weights are in 4 bit`);
-
-      // A folder called model is one that stage 05 trained only where its manifest says so.
-      write("trained/model/config.json", "{}");
-      const elsewhere = await run(...paths, "--adapter", "trained/adapter");
-      assertEquals([elsewhere.code, elsewhere.err], [1, 'Cannot read "trained/adapter": no such file or folder']);
-      const rest = { flags: {}, seconds: 1, device: null, reads: [], writes: [] };
-      write("trained/manifest.json", JSON.stringify({ ...rest, script: "05_train", numbers: { mode: "full" } }));
-      const full = await run(...paths, "--adapter", "trained/adapter");
-      assertEquals(full.code, 0, full.err);
-      assertStringIncludes(
-        full.out,
-        'There is nothing to merge: all weights were trained, and the model is in "trained/model"',
-      );
-      assertEquals([...Deno.readDirSync(`${dir}/out`)].map(({ name }) => name), ["manifest.json"]);
-    }),
 });

@@ -12,20 +12,11 @@ import {
   readQuantState,
   writeQuantizedModel,
 } from "../../lib/model/quantized.ts";
-import { golden, goldenPath } from "../check.ts";
+import { golden, goldenPath, withFolder } from "../check.ts";
 import { digestOf, goldenDigest } from "../golden/rebuild.ts";
 
 const MODEL = goldenPath("tiny/model_hf");
 const QUERY = "model.layers.0.self_attn.q_proj";
-
-async function withFolder(use: (dir: string) => Promise<void>): Promise<void> {
-  const dir = await Deno.makeTempDir();
-  try {
-    await use(dir);
-  } finally {
-    await Deno.remove(dir, { recursive: true });
-  }
-}
 
 /** Asserts that `dir/model.safetensors` has the bytes of the golden file, header included. */
 function assertSameFile(dir: string, name: string): void {

@@ -3,14 +3,16 @@ import { assertEquals, assertNotEquals } from "@std/assert";
 import { fromFloat32, rounded } from "../../lib/data/dtype.ts";
 import { openModel, writeSafetensors } from "../../lib/data/safetensors.ts";
 import { logitsOf } from "../../lib/model/llama.ts";
-import { goldenPath } from "../check.ts";
+import { goldenPath, temporaryFolder } from "../check.ts";
 import { NO_GPU } from "../on_gpu.ts";
 
 const model = goldenPath("tiny/model_hf"), tokens = [5, 17, 301, 42, 7];
 
-/** Writes the tiny model with its query weights rounded to `to`, and stored as `as`; returns the folder. */
-async function writeQueries({ to, as }: { to: "F16" | "BF16"; as: "F32" | "F16" | "BF16" }): Promise<string> {
-  const dir = await Deno.makeTempDir();
+/** Writes the tiny model with its query weights rounded to `to`, and stored as `as` into `dir`. */
+async function writeQueries(
+  dir: string,
+  { to, as }: { to: "F16" | "BF16"; as: "F32" | "F16" | "BF16" },
+): Promise<string> {
   using source = openModel(model);
   await Deno.copyFile(`${model}/config.json`, `${dir}/config.json`);
   await writeSafetensors(
@@ -30,10 +32,11 @@ Deno.test("planWeights() rounds nothing where the projections of a fused weight 
 }, async () => {
   const untouched = await logitsOf({ model }, tokens);
   for (const to of ["F16", "BF16"] as const) {
-    const mixed = await writeQueries({ to, as: to }), wide = await writeQueries({ to, as: "F32" });
+    using one = temporaryFolder(), other = temporaryFolder();
+    const mixed = await writeQueries(one.path, { to, as: to });
+    const wide = await writeQueries(other.path, { to, as: "F32" });
     const expected = await logitsOf({ model: wide }, tokens);
     assertNotEquals(expected, untouched);
     assertEquals(await logitsOf({ model: mixed }, tokens), expected);
-    for (const dir of [mixed, wide]) await Deno.remove(dir, { recursive: true });
   }
 });

@@ -1,9 +1,10 @@
 /** Tests of the command line: what is read, what its type is, what is refused, and what a script prints when it is. */
 import { assert, assertEquals, assertMatch, assertStringIncludes, assertThrows } from "@std/assert";
 import { byRecipe, checkNumbers, choice, givenFlags, helpText, parseFlags, unset } from "../../lib/run/flags.ts";
+import { temporaryFolder } from "../check.ts";
+import { attempt } from "../scripts/process.ts";
 
 const FLAGS = new URL("../../lib/run/flags.ts", import.meta.url).href;
-const CONFIG = new URL("../../deno.json", import.meta.url).pathname;
 const defaults = {
   model: "artifacts/02_load",
   lr: 2e-4,
@@ -200,8 +201,8 @@ const opt = flags(import.meta, {
 });
 
 Deno.test("a script that uses flags() prints one line for a mistake, a stack for a defect, and exits 1", async (t) => {
-  const dir = Deno.makeTempDirSync();
-  const script = `${dir}/09_script.ts`;
+  using folder = temporaryFolder();
+  const script = folder.at("09_script.ts");
   Deno.writeTextFileSync(
     script,
     `/** A script. */
@@ -217,14 +218,8 @@ await new Promise((resolve) => setTimeout(resolve, 2000));
 console.log("went on");
 `,
   );
-  const run = async (args: string[], env: Record<string, string> = {}) => {
-    const command = ["run", "-A", "--quiet", "--config", CONFIG, script, ...args];
-    const { code, stdout, stderr } = await new Deno.Command(Deno.execPath(), {
-      args: command,
-      env: { NO_COLOR: "1", RECIPE: "", ...env },
-    }).output();
-    return { code, out: new TextDecoder().decode(stdout), err: new TextDecoder().decode(stderr) };
-  };
+  const run = (args: string[], env: Record<string, string> = {}) =>
+    attempt(folder.path, script, args, { env: { RECIPE: "", ...env } });
   const ends: readonly (readonly [string, string[], RegExp])[] = [
     ["an error thrown at once", [], /^Cannot go on: at once\n$/],
     ["an error after an await", ["--wait"], /^Cannot go on: at once\n$/],
@@ -257,5 +252,4 @@ console.log("went on");
     const { code, err } = await run([], { RECIPE: "large" });
     assertEquals([code, err], [1, 'Cannot read recipe "large": the recipes are tiny, blog\n']);
   });
-  Deno.removeSync(dir, { recursive: true });
 });

@@ -1,10 +1,11 @@
 /** Tests of words and numbers for people; what a terminal shows is read from a terminal that `script` makes. */
 import { assertEquals, assertMatch, assertStringIncludes } from "@std/assert";
 import { bytes, count, duration, percent, table } from "../../lib/run/print.ts";
+import { temporaryFolder } from "../check.ts";
+import { command, ended, ROOT } from "../scripts/process.ts";
 
 const PRINT = new URL("../../lib/run/print.ts", import.meta.url).href;
 const FLAGS = new URL("../../lib/run/flags.ts", import.meta.url).href;
-const CONFIG = new URL("../../deno.json", import.meta.url).pathname;
 
 Deno.test("table() aligns words to the left and numbers to the right, and underlines a header", () => {
   const rows = [["module", "elements", "share"], ["q_proj", 25_165_824, "7.63 %"], ["norm", 1024, "0.00 %"]];
@@ -66,18 +67,17 @@ async function run(
   code: string,
   options: { terminal: boolean; env?: Record<string, string>; status?: number },
 ): Promise<[string, string]> {
-  const file = Deno.makeTempFileSync({ suffix: ".ts" });
-  Deno.writeTextFileSync(file, `import * as p from "${PRINT}";\n${code}`);
-  const args = ["run", "-A", "--quiet", "--config", CONFIG, file];
+  using folder = temporaryFolder({ "print.ts": `import * as p from "${PRINT}";\n${code}` });
+  const env = { NO_COLOR: "", ...options.env };
+  const args = ["run", "-A", "--quiet", "--config", `${ROOT}deno.json`, folder.at("print.ts")];
   const line = [Deno.execPath(), ...args].map((word) => `'${word}'`).join(" ");
-  const command = options.terminal
-    ? new Deno.Command("script", { args: ["-qec", line, "/dev/null"], env: { NO_COLOR: "", ...options.env } })
-    : new Deno.Command(Deno.execPath(), { args, env: { NO_COLOR: "", ...options.env } });
-  const { code: status, stdout, stderr } = await command.output();
-  Deno.removeSync(file);
-  const [out, err] = [stdout, stderr].map((data) => new TextDecoder().decode(data));
-  assertEquals(status, options.status ?? 0, out! + err!);
-  return [out!, err!];
+  const { code: status, out, err } = await ended(
+    options.terminal
+      ? new Deno.Command("script", { args: ["-qec", line, "/dev/null"], env })
+      : command(folder.path, "print.ts", "", { env }),
+  );
+  assertEquals(status, options.status ?? 0, out + err);
+  return [out, err];
 }
 
 const noTerminal = await new Deno.Command("sh", { args: ["-c", "command -v script"], stdout: "null" }).output()

@@ -1,17 +1,13 @@
 /** Tests of the training log: what is appended, what is cut off on resume, and what is drawn at the end. */
 import { assert, assertEquals, assertRejects, assertStringIncludes } from "@std/assert";
 import { openRunLog } from "../../lib/run/run_log.ts";
-
-async function inFolder(body: (dir: string) => Promise<void>): Promise<void> {
-  const dir = Deno.makeTempDirSync();
-  await body(dir).finally(() => Deno.removeSync(dir, { recursive: true }));
-}
+import { withFolder } from "../check.ts";
 
 const update = (step: number, loss: number) => ({ step, loss, learning_rate: 1e-3, grad_norm: 0.5 });
 const about = { title: "Training", device: "a <device>", state: { best_metric: 1.5, max_steps: 3 } };
 
 Deno.test("openRunLog() appends one object per line and cuts off what a checkpoint did not have", () =>
-  inFolder(async (dir) => {
+  withFolder(async (dir) => {
     const path = `${dir}/log.jsonl`;
     const log = await openRunLog(path, 0);
     log.append({ step: 0, eval_loss: 3 });
@@ -33,7 +29,7 @@ Deno.test("openRunLog() appends one object per line and cuts off what a checkpoi
   }));
 
 Deno.test("openRunLog() begins anew at 0 bytes and refuses a log that is shorter than its checkpoint says", () =>
-  inFolder(async (dir) => {
+  withFolder(async (dir) => {
     const path = `${dir}/log.jsonl`;
     Deno.writeTextFileSync(path, '{"step":9,"loss":1}\n');
     await assertRejects(() => openRunLog(path, 21), Error, "it has 20 bytes, and had 21 when the checkpoint was made");
@@ -45,7 +41,7 @@ Deno.test("openRunLog() begins anew at 0 bytes and refuses a log that is shorter
   }));
 
 Deno.test("writeReport() draws the losses and writes trainer_state.json with the whole log", () =>
-  inFolder(async (dir) => {
+  withFolder(async (dir) => {
     const log = await openRunLog(`${dir}/log.jsonl`, 0);
     const entries = [{ step: 0, eval_loss: 3 }, update(1, 2.5), update(2, 2), update(3, 1.75), {
       step: 3,

@@ -6,9 +6,10 @@ import { assert, assertEquals, assertMatch, assertStringIncludes } from "@std/as
 import { createHash } from "node:crypto";
 import { type Manifest, readManifest } from "../../lib/run/manifest.ts";
 import { checkInput } from "../../lib/run/stage.ts";
+import { temporaryFolder } from "../check.ts";
+import { command, ended, walk } from "../scripts/process.ts";
 
 const LIB = new URL("../../lib/run/", import.meta.url).href;
-const CONFIG = new URL("../../deno.json", import.meta.url).pathname;
 const SCRIPT = `/** A stage. */
 import { flags } from "${LIB}flags.ts";
 import { beginStage } from "${LIB}stage.ts";
@@ -41,23 +42,13 @@ interface Bench {
 }
 
 async function onBench(body: (bench: Bench) => Promise<void>): Promise<void> {
-  const dir = Deno.makeTempDirSync();
-  Deno.writeTextFileSync(`${dir}/09_copy.ts`, SCRIPT);
-  const start = (line = "") =>
-    new Deno.Command(Deno.execPath(), {
-      args: ["run", "-A", "--quiet", "--config", CONFIG, "09_copy.ts", ...line.split(" ").filter(Boolean)],
-      cwd: dir,
-      env: { NO_COLOR: "1", RECIPE: "", DEBUG: "" },
-      stdout: "piped",
-      stderr: "piped",
-    }).spawn();
+  using folder = temporaryFolder({ "09_copy.ts": SCRIPT });
+  const dir = folder.path;
+  const start = (line = "") => command(dir, "09_copy.ts", line, { env: { RECIPE: "", DEBUG: "" } }).spawn();
   const bench: Bench = {
     dir,
     start,
-    async run(line) {
-      const { code, stdout, stderr } = await start(line).output();
-      return { code, out: new TextDecoder().decode(stdout), err: new TextDecoder().decode(stderr) };
-    },
+    run: (line) => ended(start(line)),
     write(path, text) {
       Deno.mkdirSync(`${dir}/${path}`.replace(/\/[^/]*$/, ""), { recursive: true });
       Deno.writeTextFileSync(`${dir}/${path}`, text);
@@ -67,13 +58,7 @@ async function onBench(body: (bench: Bench) => Promise<void>): Promise<void> {
   bench.write("in/a.txt", "first");
   bench.write("in/sub/b.txt", "second");
   bench.write("in/manifest.json", "{}");
-  await body(bench).finally(() => Deno.removeSync(dir, { recursive: true }));
-}
-
-function walk(dir: string): string[] {
-  return [...Deno.readDirSync(dir)].flatMap(({ name, isDirectory }) =>
-    isDirectory ? walk(`${dir}/${name}`) : [`${dir}/${name}`]
-  );
+  await body(bench);
 }
 
 /** Waits until the stage says that it works, and leaves it at work. */

@@ -1,11 +1,11 @@
 /** 08 as a process against the loopback hub: dry run, upload, continuation, refusals; the token shows up nowhere. */
 import { assert, assertEquals, assertMatch, assertStringIncludes } from "@std/assert";
 import { createHash } from "node:crypto";
+import { temporaryFolder } from "../check.ts";
 import { startHub } from "../hub/stand_in.ts";
+import { command, ended, walk } from "./process.ts";
 
 const TOKEN = "hf_" + "e".repeat(34);
-const SCRIPT = new URL("../../scripts/08_upload.ts", import.meta.url).pathname;
-const CONFIG = new URL("../../deno.json", import.meta.url).pathname;
 const NAMES = ["--adapter-repo", "you/med-lora", "--merged-repo", "you/med", "--base-model", "you/base"];
 type Hub = Awaited<ReturnType<typeof startHub>>;
 
@@ -60,7 +60,8 @@ function write(path: string, content: unknown): { path: string; bytes: number; s
 /** The folders of 03, 05, 06 and 07 in small, in a directory of their own. */
 async function trial(body: (trial: Trial) => Promise<void>, options: { chunk?: number } = {}) {
   const hub = await startHub({ token: TOKEN, ...options });
-  const dir = await Deno.makeTempDir();
+  using folder = temporaryFolder();
+  const dir = folder.path;
   const at = (path: string) => `${dir}/artifacts/${path}`;
   const manifest = { flags: {}, seconds: 1, device: null, reads: [], writes: [], numbers: {} };
   write(at("03_dataset/template.json"), {
@@ -91,17 +92,10 @@ async function trial(body: (trial: Trial) => Promise<void>, options: { chunk?: n
   write(at("07_merge/merged_model/tokenizer.json"), { version: "1.0" });
   write(at("07_merge/merged_model/model.safetensors"), Uint8Array.from({ length: 300_000 }, (_, i) => (i * i) >> 3));
   const start = (args: string[], token = TOKEN) =>
-    new Deno.Command(Deno.execPath(), {
-      args: ["run", "-A", "--quiet", "--config", CONFIG, SCRIPT, "--hub-url", hub.url, ...args],
-      cwd: dir,
-      env: { HF_TOKEN: token, NO_COLOR: "1", RECIPE: "tiny" },
-      stdout: "piped",
-      stderr: "piped",
-    }).spawn();
+    command(dir, "08_upload", ["--hub-url", hub.url, ...args], { env: { HF_TOKEN: token } }).spawn();
   const run: Trial["run"] = async (args, token) => {
-    const { code, stdout, stderr } = await start(args, token).output();
-    const [out, err] = [stdout, stderr].map((data) => new TextDecoder().decode(data)) as [string, string];
-    return { code, out, err, last: out.trimEnd().split("\n").at(-1)! };
+    const result = await ended(start(args, token));
+    return { ...result, last: result.out.trimEnd().split("\n").at(-1)! };
   };
   const secret = new RegExp("hf_[a-f]{34}");
   try {
@@ -119,14 +113,7 @@ async function trial(body: (trial: Trial) => Promise<void>, options: { chunk?: n
     for (const { port, authorization } of hub.seen) if (port === "storage") assertEquals(authorization, undefined);
   } finally {
     await hub.close();
-    await Deno.remove(dir, { recursive: true });
   }
-}
-
-function walk(dir: string): string[] {
-  return [...Deno.readDirSync(dir)].flatMap(({ name, isDirectory }) =>
-    isDirectory ? walk(`${dir}/${name}`) : [`${dir}/${name}`]
-  );
 }
 
 function refused({ code, out, err: all }: { code: number; out: string; err: string }, message: RegExp): void {

@@ -4,11 +4,10 @@ import { chatTemplate } from "../../lib/data/template.ts";
 import { loadTokenizer } from "../../lib/data/tokenizer.ts";
 import { generateAll } from "../../lib/model/generate.ts";
 import { sha256File } from "../../lib/data/files.ts";
-import { goldenPath } from "../check.ts";
+import { goldenPath, withFolder } from "../check.ts";
 import { NO_GPU as ignore } from "../on_gpu.ts";
+import { attempt } from "./process.ts";
 
-const SCRIPT = new URL("../../scripts/ask.ts", import.meta.url).pathname;
-const CONFIG = new URL("../../deno.json", import.meta.url).pathname;
 const NOTICE = "A research model: it errs, and it is not for clinical use.";
 const adapter = goldenPath("tiny/generate_adapter");
 const tokenizer = loadTokenizer(goldenPath("tiny/tokenizer"));
@@ -16,16 +15,7 @@ const { greedy }: {
   greedy: { model: string; repetition_penalty: number; prompt_ids: number[]; new_ids: number[] }[];
 } = JSON.parse(Deno.readTextFileSync(goldenPath("tiny/generate.json")));
 
-async function ask(dir: string, args: string[]): Promise<{ code: number; out: string; err: string }> {
-  const command = new Deno.Command(Deno.execPath(), {
-    args: ["run", "-A", "--config", CONFIG, SCRIPT, ...args],
-    cwd: dir,
-    env: { NO_COLOR: "1", RECIPE: "tiny" },
-  });
-  const { code, stdout, stderr } = await command.output();
-  const text = new TextDecoder();
-  return { code, out: text.decode(stdout), err: text.decode(stderr) };
-}
+const ask = (dir: string, args: readonly string[]) => attempt(dir, "ask", args);
 
 /** The answer between the notices and the last line. */
 function answerOf(out: string): string {
@@ -40,15 +30,10 @@ function copy(from: string, to: string): void {
   for (const { name } of Deno.readDirSync(from)) Deno.copyFileSync(`${from}/${name}`, `${to}/${name}`);
 }
 
-async function trial(body: (dir: string) => Promise<void>): Promise<void> {
-  const dir = Deno.makeTempDirSync();
-  await body(dir).finally(() => Deno.removeSync(dir, { recursive: true }));
-}
-
 Deno.test("ask --raw --greedy writes transformers' text: of the merged model where it is of the present adapter", {
   ignore,
 }, () =>
-  trial(async (dir) => {
+  withFolder(async (dir) => {
     const how = ["--raw", "--greedy", "--max-new-tokens", "40", "--repetition-penalty"];
     const expected = async (model: string, penalty: number, name: string) => {
       const { prompt_ids, new_ids } = greedy.find((of) => of.model === model && of.repetition_penalty === penalty)!;
@@ -98,7 +83,7 @@ Deno.test(
   "ask makes the prompt with the template beside the model or the adapter, and draws by the seed",
   { ignore },
   () =>
-    trial(async (dir) => {
+    withFolder(async (dir) => {
       copy(goldenPath("tiny/model_hf"), `${dir}/model`);
       copy(goldenPath("tiny/tokenizer"), `${dir}/model`);
       const source = {
@@ -125,7 +110,7 @@ Deno.test(
 );
 
 Deno.test("ask refuses in one line what it cannot do", { ignore }, () =>
-  trial(async (dir) => {
+  withFolder(async (dir) => {
     copy(goldenPath("tiny/model_hf"), `${dir}/model`);
     copy(goldenPath("tiny/tokenizer"), `${dir}/model`);
     Deno.removeSync(`${dir}/model/model.safetensors`); // none of this is worth opening the weights

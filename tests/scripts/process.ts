@@ -1,10 +1,11 @@
 /**
- * What the tests of scripts share: a script as a process of its own in a temporary folder, its manifest, and its refusals.
+ * What the tests of scripts share: a script as a process of its own in some folder, its manifest, and its refusals.
  * It knows nothing of what a stage does.
  */
 import { assert, assertEquals, assertMatch } from "@std/assert";
 import { fileURLToPath } from "node:url";
 import type { Manifest } from "../../lib/run/manifest.ts";
+import { temporaryFolder } from "../check.ts";
 
 /** The project's folder. */
 export const ROOT: string = fileURLToPath(new URL("../..", import.meta.url));
@@ -16,26 +17,40 @@ export interface Result {
   readonly err: string;
 }
 
-/** A script in the folder `dir`; `line` is its arguments, cut at spaces; it can write files of `limit` KiB at most. */
-export function command(dir: string, script: string, line = "", { limit = 0 } = {}): Deno.Command {
-  const words = line.split(" ").filter((word) => word !== "");
-  const args = ["run", "-A", "--quiet", "--config", `${ROOT}deno.json`, `${ROOT}scripts/${script}.ts`, ...words];
+/**
+ * A script at work in the folder `dir`: one of the project's by its name, or a file of that folder. `line` is its arguments,
+ * those of a text cut at spaces; `env` is added to the environment; it can write files of `limit` KiB at most.
+ */
+export function command(
+  dir: string,
+  script: string,
+  line: string | readonly string[] = "",
+  { env = {}, limit = 0 }: { readonly env?: Readonly<Record<string, string>>; readonly limit?: number } = {},
+): Deno.Command {
+  const words = typeof line === "string" ? line.split(" ").filter((word) => word !== "") : line;
+  const path = script.endsWith(".ts") ? script : `${ROOT}scripts/${script}.ts`;
+  const args = ["run", "-A", "--quiet", "--config", `${ROOT}deno.json`, path, ...words];
   // Without the trap the signal would end the process; with it the write fails, as it does on a full disk.
   const limited = ["-c", `trap "" XFSZ; ulimit -f ${2 * limit}; exec "$0" "$@"`, Deno.execPath(), ...args];
   return new Deno.Command(limit > 0 ? "sh" : Deno.execPath(), {
     args: limit > 0 ? limited : args,
     cwd: dir,
-    env: { NO_COLOR: "1", RECIPE: "tiny" },
+    env: { NO_COLOR: "1", RECIPE: "tiny", ...env },
     stdout: "piped",
     stderr: "piped",
   });
 }
 
-/** Runs a script to its end, however it ends. */
-export async function attempt(dir: string, script: string, line = ""): Promise<Result> {
-  const { code, stdout, stderr } = await command(dir, script, line).output();
+/** Waits for the end of a process. */
+export async function ended(process: Deno.Command | Deno.ChildProcess): Promise<Result> {
+  const { code, stdout, stderr } = await process.output();
   const text = new TextDecoder();
   return { code, out: text.decode(stdout), err: text.decode(stderr) };
+}
+
+/** Runs a script to its end, however it ends; the arguments are those of {@linkcode command}. */
+export function attempt(...how: Parameters<typeof command>): Promise<Result> {
+  return ended(command(...how));
 }
 
 /** Runs a stage that must succeed and say nothing on stderr; its manifest, which is also its last line. */
@@ -90,16 +105,13 @@ export function readJson<T = Record<string, unknown>>(path: string): T {
 
 /** Runs `body` in a temporary folder with the bundled checkpoint, `tiny`, and a few of the bundled questions, `qa`. */
 export async function inFolder(body: (dir: string) => Promise<void>): Promise<void> {
-  const dir = Deno.makeTempDirSync();
+  using folder = temporaryFolder();
+  const dir = folder.path;
   Deno.symlinkSync(`${ROOT}fixtures/tiny`, `${dir}/tiny`);
   Deno.mkdirSync(`${dir}/qa`);
   for (const [split, count] of [["train", 12], ["validation", 4], ["test", 4]] as const) {
     const lines = Deno.readTextFileSync(`${ROOT}fixtures/qa/${split}.jsonl`).split("\n").slice(0, count);
     Deno.writeTextFileSync(`${dir}/qa/${split}.jsonl`, lines.join("\n") + "\n");
   }
-  try {
-    await body(dir);
-  } finally {
-    Deno.removeSync(dir, { recursive: true });
-  }
+  await body(dir);
 }
