@@ -2,16 +2,12 @@
 import { assertEquals, assertRejects, assertThrows } from "@std/assert";
 import { sha256File, writeJson } from "../../lib/data/files.ts";
 import { checkNotMerged, isMergeOf, readLoad, type Trained, trainedAt, trainedBy } from "../../lib/run/trained.ts";
+import { withFolder } from "../check.ts";
 
 const rest = { flags: {}, seconds: 1, device: null, reads: [], writes: [], numbers: {} };
 
-async function inFolder(body: (dir: string) => Promise<void>): Promise<void> {
-  const dir = Deno.makeTempDirSync();
-  await body(dir).finally(() => Deno.removeSync(dir, { recursive: true }));
-}
-
 Deno.test("readLoad() gives mode and base, and refuses a folder that stage 02 did not make", () =>
-  inFolder(async (dir) => {
+  withFolder(async (dir) => {
     assertThrows(
       () => readLoad(dir),
       Error,
@@ -28,7 +24,7 @@ Deno.test("readLoad() gives mode and base, and refuses a folder that stage 02 di
   }));
 
 Deno.test("trainedBy() and trainedAt() go by the manifest of stage 05, and by that of no other", () =>
-  inFolder(async (dir) => {
+  withFolder(async (dir) => {
     const adapter = `${dir}/adapter`, model = `${dir}/model`;
     for (const path of [adapter, model]) Deno.mkdirSync(path);
     const run = (script: string, mode: string) =>
@@ -46,7 +42,7 @@ Deno.test("trainedBy() and trainedAt() go by the manifest of stage 05, and by th
   }));
 
 Deno.test("isMergeOf() knows the adapter by its bytes, wherever it lies", () =>
-  inFolder(async (dir) => {
+  withFolder(async (dir) => {
     const names = ["adapter_config.json", "adapter_model.safetensors"];
     for (const folder of ["one", "other", "merge/merged_model"]) {
       Deno.mkdirSync(`${dir}/${folder}`, { recursive: true });
