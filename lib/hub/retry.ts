@@ -269,7 +269,7 @@ async function refusal(
     ? `there is no such revision (${to})`
     : code === "RepoNotFound"
     ? `there is no such repository, or the token may not see it (${to})`
-    : status === 404
+    : status === 404 && code === null
     ? `${from} answered ${to}: check the hub's address and the name of the repository`
     : `the hub answered ${to}`;
   return failed(`Cannot ${action}: ${why}`, status);

@@ -1,23 +1,23 @@
 /**
- * Matrix products against the CPU reference, for each family of kernels that is listed below: ends of tiles, weights of 16 bits,
- * operands inside larger tensors, low-rank segments, sums with what is there. The errors found (NMSE) are beside the bounds.
+ * Matrix products against the CPU reference, of the kernels for CPU drivers (matmul_subgroup) and of those for GPUs (matmul_tiled,
+ * matmul_narrow): ends of tiles, weights of 16 bits, operands inside larger tensors, low-rank segments, sums with what is there.
+ * The errors found (NMSE) are beside the bounds.
  *
  * No invocation comes near the 65,535 iterations after which lavapipe ends all loops of an invocation without a word: an iteration
  * takes 8 inner steps, so that would need an inner length of 524,280, and the longest is the padded vocabulary (50,304 in nn).
  */
-import { assertEquals, assertThrows } from "@std/assert";
-import type { LaneModel } from "../../lib/gpu/device.ts";
-import { createMatmul, type Matmul } from "../../lib/ops/matmul.ts";
+import { assert, assertEquals, assertThrows } from "@std/assert";
+import { chooseTile, createMatmul, type Matmul, type Tile, tilesOf } from "../../lib/ops/matmul.ts";
 import type { LoraOperands, Product } from "../../lib/ops/matmul_operands.ts";
 import { assertClose, wave } from "../check.ts";
 import { type Bench, gpuTest, stored } from "../on_gpu.ts";
 import { addTo, matmulNN, matmulNT, matmulTN } from "../reference.ts";
 
-/** A family of kernels, by the lane model that chooses it; matmul_tiled_test.ts names the tiles of the GPU families. */
-const FAMILIES: readonly { name: string; lanes: LaneModel }[] = [{ name: "matmul_subgroup", lanes: "subgroup" }];
-
 /** 8e-14 where up to 272 products are one sum, 9e-13 where 2,752 are. */
 const bound = (K: number) => K > 1000 ? 9e-11 : 8e-12;
+/** 1.0e-12, where 2,752 products are one sum. */
+const TILED_BOUND = 1e-11;
+const SMALL = { BM: 64, BN: 64, BK: 32 }, LARGE = { BM: 128, BN: 128, BK: 16 };
 
 type Dtype = "f32" | "f16" | "bf16";
 type Entry = "nt" | "nn" | "tn";
@@ -74,9 +74,18 @@ async function lowRank({ input }: Bench, entry: Entry, { size: [M, N], ranks = [
 }
 
 /** Runs one product and compares its result, and what lies around it in the same tensor. */
-async function check(bench: Bench, { matmul, entry, of }: { matmul: Matmul; entry: Entry; of: Case }): Promise<void> {
+async function check(
+  bench: Bench,
+  { matmul, entry, of, nmse = bound(of.size[2]), tile }: {
+    matmul: Matmul;
+    entry: Entry;
+    of: Case;
+    nmse?: number;
+    tile?: unknown;
+  },
+): Promise<void> {
   const { size: [M, N, K], w: dtype = "f32", plus, scale = 1, gap = [0, 0], ranks } = of;
-  const name = `${entry} ${JSON.stringify(of)}`;
+  const name = `${entry} ${JSON.stringify(of)}${tile === undefined ? "" : ` by ${JSON.stringify(tile)}`}`;
   const place = { x: entry === "tn" ? placeOf(K, M, gap) : placeOf(M, K, gap), out: placeOf(M, N, gap) };
   const wPlace = entry === "nt" ? placeOf(N, K, gap) : placeOf(K, N, gap);
   const x = wave(M * K), w = stored(wave(N * K, 1), dtype).values;
@@ -113,7 +122,7 @@ async function check(bench: Bench, { matmul, entry, of }: { matmul: Matmul; entr
     return Math.fround(scale) * sums[i]! + old[at]!;
   });
   const result = expected.map((_, i) => found![place.out.offset + Math.floor(i / N) * place.out.stride + i % N]!);
-  assertClose(result, expected, { nmse: bound(K), name });
+  assertClose(result, expected, { nmse, name });
   const zeros = new Float32Array(M * N);
   assertEquals(place.out.put(zeros, found!), place.out.put(zeros, start.slice()), `${name} writes around its result`);
 }
@@ -168,13 +177,52 @@ const CASES: Record<Entry, readonly Case[]> = {
   ],
 };
 
-for (const family of FAMILIES) {
-  for (const entry of ["nt", "nn", "tn"] as const) {
-    gpuTest(`${family.name}.${entry} agrees with the reference`, async (bench) => {
-      const matmul = createMatmul(bench.gpu);
-      for (const of of CASES[entry]) await check(bench, { matmul, entry, of });
-    }, { models: [family.lanes] });
-  }
+for (const entry of ["nt", "nn", "tn"] as const) {
+  gpuTest(`matmul_subgroup.${entry} agrees with the reference`, async (bench) => {
+    const matmul = createMatmul(bench.gpu);
+    for (const of of CASES[entry]) await check(bench, { matmul, entry, of });
+  }, { models: ["subgroup"] });
+}
+
+const TILED_CASES: Record<Entry, readonly Case[]> = {
+  nt: [
+    { size: [1, 48, 8] },
+    { size: [33, 16, 2752], w: "bf16" },
+    { size: [257, 8, 72], plus: "out" },
+    {
+      size: [130, 272, 104],
+      w: "f16",
+      ranks: [16, 0, 16],
+      columns: [136, 68, 68],
+      plus: "tensor",
+      scale: 0.37,
+      gap: GAP,
+    },
+    { size: [65, 1008, 24], w: "f16", ranks: [8], columns: [1008], gap: GAP },
+  ],
+  nn: [
+    { size: [1, 48, 8] },
+    { size: [33, 16, 2752] },
+    { size: [257, 148, 136], w: "f16", ranks: [48], columns: [148], plus: "out", scale: 2, gap: GAP },
+  ],
+  tn: [
+    { size: [8, 48, 1] },
+    { size: [16, 1008, 257], scale: 0.5 },
+    { size: [276, 140, 33], plus: "out", gap: GAP },
+  ],
+};
+
+/** Runs one product by the kernel of a given tile. */
+function checkTile(bench: Bench, tile: Tile, { entry, of }: { entry: Entry; of: Case }): Promise<void> {
+  return check(bench, { matmul: createMatmul(bench.gpu, () => tile), entry, of, nmse: TILED_BOUND, tile });
+}
+
+for (const entry of ["nt", "nn", "tn"] as const) {
+  gpuTest(`matmul_narrow.${entry} and matmul_tiled.${entry} agree with the reference`, async (bench) => {
+    for (const tile of ["narrow", SMALL, LARGE] as const) {
+      for (const of of TILED_CASES[entry]) await checkTile(bench, tile, { entry, of });
+    }
+  }, { models: false });
 }
 
 gpuTest("createMatmul() refuses what its kernels cannot load", async ({ gpu, input, output, rows }) => {
@@ -189,3 +237,31 @@ gpuTest("createMatmul() refuses what its kernels cannot load", async ({ gpu, inp
     );
   }
 }, { models: ["subgroup"] });
+
+gpuTest(
+  "matmul_tiled computes the same with every size of tilesOf(), in bands of rows, and from bf16 in every form",
+  async (bench) => {
+    await checkTile(bench, { ...SMALL, BAND: 3 }, { entry: "nt", of: { size: [460, 136, 8] } });
+    const of: Case = { size: [300, 136, 56], w: "bf16" };
+    for (const tile of tilesOf(bench.gpu).filter(({ BAND }) => BAND === undefined)) {
+      for (const entry of ["nt", "nn", "tn"] as const) await checkTile(bench, tile, { entry, of });
+    }
+  },
+  { models: false },
+);
+
+Deno.test("chooseTile() keeps to tiles that matmul_tiled.wgsl can load and that WebGPU's 16 KB hold", () => {
+  for (const rows of [1, 16, 64, 65, 257, 1024, 4096, 32_768]) {
+    for (const columns of [8, 16, 48, 64, 132, 1008, 1024, 2048, 5504, 50_304]) {
+      assertEquals(chooseTile("tn", rows, columns) === "narrow", Math.min(rows, columns) <= 64);
+      const tile = chooseTile("nt", rows, columns);
+      assertEquals(chooseTile("nn", rows, columns), tile);
+      // The number of tokens never decides, so that their bits do not depend on it.
+      assertEquals(tile === "narrow", columns <= 64);
+      if (tile === "narrow") continue;
+      const { BM, BN, BK } = tile;
+      assertEquals([BM * BK % 2048, BN * BK % 2048], [0, 0], `[${rows}, ${columns}] gives ${JSON.stringify(tile)}`);
+      assert((BM + BN) * BK * 4 <= 16_384, `[${rows}, ${columns}] gives ${JSON.stringify(tile)}`);
+    }
+  }
+});

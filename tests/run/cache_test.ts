@@ -1,17 +1,18 @@
 /** The cache of measurements: kept between processes, and of no consequence when it is lost. */
 import { assertEquals } from "@std/assert";
 import { openCache } from "../../lib/run/cache.ts";
+import { temporaryFolder } from "../check.ts";
 
 /** Runs `body` with the cache folder inside a folder of its own. */
 async function inside(body: (folder: string) => Promise<void>): Promise<void> {
-  const folder = await Deno.makeTempDir(), before = Deno.env.get("XDG_CACHE_HOME");
-  Deno.env.set("XDG_CACHE_HOME", folder);
+  using folder = temporaryFolder();
+  const before = Deno.env.get("XDG_CACHE_HOME");
+  Deno.env.set("XDG_CACHE_HOME", folder.path);
   try {
-    await body(folder);
+    await body(folder.path);
   } finally {
     if (before === undefined) Deno.env.delete("XDG_CACHE_HOME");
     else Deno.env.set("XDG_CACHE_HOME", before);
-    await Deno.remove(folder, { recursive: true });
   }
 }
 

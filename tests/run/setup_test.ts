@@ -4,6 +4,7 @@
  */
 import { assert, assertEquals, assertMatch, assertStringIncludes } from "@std/assert";
 import { fileURLToPath } from "node:url";
+import { temporaryFolder } from "../check.ts";
 
 const ROOT = fileURLToPath(new URL("../..", import.meta.url));
 const TOOLS = ["sh", "dirname", "head", "cat", "cp", "mkdir", "chmod", "touch", "uname"];
@@ -69,7 +70,8 @@ async function onMachine(
     dir: string,
   ) => Promise<void>,
 ): Promise<void> {
-  const dir = Deno.makeTempDirSync();
+  using temporary = temporaryFolder();
+  const dir = temporary.path;
   const write = (name: string, text: string) => Deno.writeTextFileSync(`${dir}/${name}`, text, { mode: 0o755 });
   for (const folder of ["bin", "usr/bin", "home"]) Deno.mkdirSync(`${dir}/${folder}`, { recursive: true });
   for (const folder of machine.path ?? []) Deno.mkdirSync(`${dir}/${folder}`, { recursive: true });
@@ -98,7 +100,7 @@ async function onMachine(
     const calls = Deno.readTextFileSync(`${dir}/calls`).replaceAll(dir, "@").split("\n").filter((line) => line !== "");
     return { code, out: out!, err: err!, calls };
   };
-  await body(setup, dir).finally(() => Deno.removeSync(dir, { recursive: true }));
+  await body(setup, dir);
 }
 
 function isFile(path: string): boolean {
