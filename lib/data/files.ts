@@ -1,7 +1,8 @@
 /**
- * Files and folders as every part of the project asks for them: whether one is there, one removed, one copied whole. A
- * path that is not there is an answer; any other failure of the file system is an error.
+ * Files and folders as every part of the project asks for them: whether one is there, its digest, one removed, one copied
+ * whole. A path that is not there is an answer; any other failure of the file system is an error.
  */
+import { createHash } from "node:crypto";
 
 /** Whether there is a file or a folder at `path`. */
 export function exists(path: string): boolean {
@@ -52,4 +53,16 @@ export async function copyFolder(from: string, to: string): Promise<void> {
     if (isFile) await Deno.copyFile(`${from}/${name}`, `${partial}/${name}`);
   }
   await Deno.rename(partial, to);
+}
+
+/** Large enough that a read call costs nothing beside the hashing, small enough to stay in the cache. */
+const READ_BYTES = 1 << 20;
+
+/** SHA-256 of a file in hex, read in pieces of 1 MiB: the file is never in memory as a whole. */
+export function sha256File(path: string): string {
+  const hash = createHash("sha256");
+  const piece = new Uint8Array(READ_BYTES);
+  using file = Deno.openSync(path);
+  for (let n = file.readSync(piece); n !== null; n = file.readSync(piece)) hash.update(piece.subarray(0, n));
+  return hash.digest("hex");
 }

@@ -3,9 +3,11 @@
  * unfinished. What an earlier run left is set aside until then, and put back where the new run fails. It never renders,
  * aggregates or compares numbers, and it never touches a folder that no stage made.
  */
-import { createHash } from "node:crypto";
 import { sep as SEPARATOR } from "node:path";
-import { exists } from "../data/files.ts";
+import { exists, sha256File } from "../data/files.ts";
+
+/** What a record says of the content of a file. */
+export { sha256File };
 
 /** One file: `path`, size in bytes, SHA-256 in hex, time of the last change in ms since 1970. */
 export interface FileRecord {
@@ -49,8 +51,6 @@ const BEFORE = ".before";
 const CHECKPOINTS = "checkpoints";
 /** Flags that change how a stage runs but not what it writes. */
 const NOT_RECORDED = ["asMade", "force", "verbose", "help"];
-/** Large enough that a read call costs nothing beside the hashing, small enough to stay in the cache. */
-const READ_BYTES = 1 << 20;
 
 /**
  * Begins the stage `name` in `opt.out`. If the manifest there agrees with the flags and with every file under `reads`,
@@ -155,15 +155,6 @@ export async function writeAtomic(path: string, data: Uint8Array | string): Prom
 /** Writes `value` as JSON with two spaces and a last newline, by {@link writeAtomic}. */
 export async function writeJson(path: string, value: unknown): Promise<void> {
   await writeAtomic(path, JSON.stringify(value, null, 2) + "\n");
-}
-
-/** SHA-256 of a file in hex, read in pieces of 1 MiB: the file is never in memory as a whole. */
-export function sha256File(path: string): string {
-  const hash = createHash("sha256");
-  const piece = new Uint8Array(READ_BYTES);
-  using file = Deno.openSync(path);
-  for (let n = file.readSync(piece); n !== null; n = file.readSync(piece)) hash.update(piece.subarray(0, n));
-  return hash.digest("hex");
 }
 
 const STAGES = "01_convert|02_load|03_dataset|04_lora|05_train|06_evaluate|07_merge|08_upload";
