@@ -53,7 +53,7 @@ export interface Weights {
   readonly head: readonly VocabSlice[];
   readonly norm: Tensor;
   readonly layers: readonly LayerWeights[];
-  /** Everything allocated, for the memory table and for `destroy`. */
+  /** All of these tensors, and the scratch of 4-bit ones: for the memory table. */
   readonly tensors: readonly Tensor[];
 }
 

@@ -1,7 +1,7 @@
 /** Binding of nf4.wgsl: 4-bit weights back to numbers. */
 import type { Gpu } from "../gpu/device.ts";
 import { type Dispatch, fold, Kernel } from "../gpu/kernel.ts";
-import { FLOAT_TYPE, type Tensor } from "../gpu/tensor.ts";
+import { createBuffer, FLOAT_TYPE, type Tensor } from "../gpu/tensor.ts";
 import { widen, wideOf } from "../gpu/wide.ts";
 import source from "../../kernels/nf4.wgsl" with { type: "text" };
 
@@ -12,7 +12,7 @@ const LANES = 64;
 export function createNf4(gpu: Gpu, code: Float32Array<ArrayBuffer>) {
   const kernel = new Kernel(gpu, "nf4", widen(gpu, source, 8)), wide = wideOf(gpu, 8);
   const usage = GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST;
-  const table = gpu.device.createBuffer({ label: "nf4.code", size: 64, usage });
+  const table = createBuffer(gpu, { label: "nf4.code", size: 64, usage });
   gpu.queue.writeBuffer(table, 0, code);
   return {
     /** codes u8 `[count / 2]`, absmax f32 `[count / blocksize]` → out `[count]` in out's own type. */

@@ -60,7 +60,7 @@ for (const [optimizer, train] of [["adamw_8bit", "lora"], ["adamw", "full"]] as 
         await save(whole, 2);
         const losses = await learn(whole, [3, 4]);
         await save(whole, 4);
-        whole.llama.destroy();
+        whole.destroy();
 
         const resumed = await open(optimizer, train);
         await learn(resumed, [1, 1]); // whatever it holds is overwritten
@@ -70,7 +70,7 @@ for (const [optimizer, train] of [["adamw_8bit", "lora"], ["adamw", "full"]] as 
         await save(resumed, 4, "again");
         assertEquals(tensorsOf(`${dir}/again`), tensorsOf(`${dir}/step-4`));
         assertNotEquals(tensorsOf(`${dir}/again`), tensorsOf(`${dir}/step-2`));
-        resumed.llama.destroy();
+        resumed.destroy();
       }),
   );
 }
@@ -92,7 +92,7 @@ Deno.test("loadCheckpoint() refuses other settings, other files, another kind of
     await refuses({ flags: { learningRate: 0.02, maxSteps: 4 } }, "it was made with --learning-rate 0.01, not 0.02");
     await refuses({ flags: { learningRate: 0.01, maxSteps: 5 } }, "it was made with --max-steps 4, not 5");
     await refuses({ files: { "rows.safetensors": "abd" } }, '"rows.safetensors" is not the file that it was made with');
-    trainer.llama.destroy();
+    trainer.destroy();
 
     const other = await open("adamw", "full");
     await assertRejects(
@@ -115,7 +115,7 @@ Deno.test("loadCheckpoint() refuses other settings, other files, another kind of
       Error,
       "start over with --no-resume",
     );
-    other.llama.destroy();
+    other.destroy();
   }));
 
 Deno.test("listCheckpoints() counts whole ones alone, by number; pruneCheckpoints() keeps the newest", () =>
@@ -149,7 +149,7 @@ Deno.test("readRunState() refuses a checkpoint with one bit flipped in any of it
       await Deno.writeTextFile(`${dir}/adapter/adapter_config.json`, "{}");
     };
     await saveCheckpoint(dir, { trainer, run, also });
-    trainer.llama.destroy();
+    trainer.destroy();
     assertEquals(readRunState(dir), run);
 
     const [state, config] = ["state.safetensors", "adapter/adapter_config.json"].map((name) => `${dir}/${name}`);
