@@ -37,7 +37,7 @@ const opt = flags(import.meta, {
   gradientAccumulation: byRecipe({ tiny: 1, blog: 8 }), // micro-batches per update
   learningRate: byRecipe({ tiny: 4e-3, blog: 2e-4 }), // at the peak; a tiny model wants a larger one
   scheduler: choice(["cosine", "linear", "constant"]),
-  warmupRatio: 0.05,
+  warmupRatio: 0.05, // of the updates; constant has no warm-up
   weightDecay: 0.01,
   beta1: 0.9,
   beta2: 0.999,
@@ -93,7 +93,7 @@ const train = readSplit("train", reader), validation = readSplit("validation", r
 const rows = train.rowOffsets.length - 1;
 const accumulation = opt.gradientAccumulation;
 const { batchesPerEpoch, stepsPerEpoch, totalSteps } = plannedSteps({ rows, ...opt, accumulation });
-const warmup = warmupSteps(opt.warmupRatio, totalSteps);
+const warmup = warmupSteps({ ...opt, ratio: opt.warmupRatio, total: totalSteps });
 const updateBatches = trainingBatches(train, { ...opt, accumulation });
 const evaluation = evaluationBatches(validation, opt.evalBatchSize > 0 ? opt.evalBatchSize : opt.batchSize);
 const tokens = Math.max(mostTokens(train, opt.batchSize), evaluation.tokens);

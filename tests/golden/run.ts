@@ -105,7 +105,7 @@ export async function openTrainer(
 /** The learning rate of each update of a run over `rows` rows. */
 export function ratesOf(run: RunArguments, rows: number): (step: number) => number {
   const { totalSteps } = plannedSteps({ rows, batchSize: run.batch, accumulation: run.accum, epochs: run.epochs });
-  const warmup = warmupSteps(run.warmup, totalSteps);
+  const warmup = warmupSteps({ scheduler: "cosine", ratio: run.warmup, total: totalSteps });
   return (step) => learningRate({ scheduler: "cosine", step, totalSteps, warmupSteps: warmup, peak: run.lr });
 }
 
