@@ -152,7 +152,7 @@ let shown = 0, readAt = performance.now();
 let firstLoss: number | undefined;
 if (step === 0) {
   const { batches, rows } = updateBatches(1);
-  const { nllSum, tokens } = await trainer.evaluate(batches, rows.map((r) => r.length));
+  const { nllSum, tokens } = await trainer.evaluate({ batches, rows: rows.map((r) => r.length) });
   if ((adapter?.lora.lora_dropout ?? 0) === 0) firstLoss = nllSum / tokens;
   await evaluate();
 }
@@ -268,7 +268,7 @@ async function readLosses(): Promise<void> {
 }
 
 async function evaluate(): Promise<void> {
-  const { evalLoss, nllSum, tokens } = await trainer.evaluate(evaluation.batches, evaluation.rows);
+  const { evalLoss, nllSum, tokens } = await trainer.evaluate(evaluation);
   if (!Number.isFinite(evalLoss) && step === 0) {
     throw new Error(`Cannot train "${opt.model}": its validation loss before the first update is ${evalLoss}`);
   }

@@ -8,7 +8,7 @@ import type { Command } from "../gpu/kernel.ts";
 import { profile, run, type Timing } from "../gpu/program.ts";
 import { destroyOwned, download, own, ownedBytes, upload } from "../gpu/tensor.ts";
 import { Llama, type LlamaOptions, type MicroBatch, RING } from "./llama.ts";
-import { type BatchLoss, meanByRows } from "./perplexity.ts";
+import { evaluate, type EvaluationResult, type EvaluationRows } from "./perplexity.ts";
 import { planBytes } from "./plan.ts";
 import { createOptimizer, type Optimizer, type OptimizerKind, writeState } from "./optimizer.ts";
 
@@ -31,15 +31,6 @@ export interface UpdateResult {
   readonly loss: number;
   readonly gradNorm: number;
   /** Labelled tokens that the loss averages over. */
-  readonly tokens: number;
-}
-
-/** Mean losses of an evaluation, in nats. */
-export interface EvaluationResult {
-  /** As the Hugging Face Trainer reports it: means of batches, weighted by their rows. */
-  readonly evalLoss: number;
-  /** Total over all labelled tokens, and their number: the corpus value is `exp(nllSum / tokens)`. */
-  readonly nllSum: number;
   readonly tokens: number;
 }
 
@@ -161,10 +152,10 @@ export class Trainer {
     return results;
   }
 
-  /** Loss over micro-batches without learning; `rows[i]` is how many dataset rows batch i holds. */
-  evaluate(batches: readonly MicroBatch[], rows: readonly number[]): Promise<EvaluationResult> {
+  /** Loss over micro-batches without learning. */
+  evaluate(on: EvaluationRows): Promise<EvaluationResult> {
     if (this.#pending.length > 0) throw new Error("Cannot evaluate: losses of earlier updates must be read first");
-    return evaluate(this.llama, { batches, rows });
+    return evaluate(this.llama, on);
   }
 
   /** Puts parameters and moments back, bit for bit. */
@@ -186,21 +177,4 @@ export class Trainer {
     }
     await writeState(gpu, { optimizer: this.optimizer, state });
   }
-}
-
-/** Loss of a model over micro-batches. */
-export async function evaluate(
-  llama: Llama,
-  { batches, rows }: { batches: readonly MicroBatch[]; rows: readonly number[] },
-): Promise<EvaluationResult> {
-  const losses: BatchLoss[] = [];
-  for (let first = 0; first < batches.length; first += RING) {
-    const group = batches.slice(first, first + RING);
-    const counts = group.map((batch, slot) => llama.evaluate(batch, slot));
-    const sums = await llama.losses();
-    counts.forEach((tokens, slot) => losses.push({ nll: sums[slot]!, tokens, rows: rows[first + slot]! }));
-  }
-  const nllSum = losses.reduce((sum, { nll }) => sum + nll, 0);
-  const tokens = losses.reduce((sum, { tokens }) => sum + tokens, 0);
-  return { evalLoss: meanByRows(losses), nllSum, tokens };
 }
