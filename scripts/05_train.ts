@@ -39,7 +39,7 @@ const opt = flags(import.meta, {
   gradientAccumulation: byRecipe({ tiny: 1, blog: 8 }), // micro-batches per update
   learningRate: byRecipe({ tiny: 4e-3, blog: 2e-4 }), // at the peak; a tiny model wants a larger one
   scheduler: choice(["cosine", "linear", "constant"]),
-  warmupRatio: 0.05,
+  warmupRatio: 0.05, // of the updates; constant has no warm-up
   weightDecay: 0.01,
   beta1: 0.9,
   beta2: 0.999,
@@ -95,7 +95,7 @@ const train = readSplit("train", reader), validation = readSplit("validation", r
 const rows = train.rowOffsets.length - 1;
 const accumulation = opt.gradientAccumulation;
 const { batchesPerEpoch, stepsPerEpoch, totalSteps } = plannedSteps({ rows, ...opt, accumulation });
-const warmup = warmupSteps(opt.warmupRatio, totalSteps);
+const warmup = warmupSteps({ ...opt, ratio: opt.warmupRatio, total: totalSteps });
 const updateBatches = trainingBatches(train, { ...opt, accumulation });
 const evaluation = evaluationBatches(validation, opt.evalBatchSize > 0 ? opt.evalBatchSize : opt.batchSize);
 const tokens = Math.max(mostTokens(train, opt.batchSize), evaluation.tokens);
@@ -157,7 +157,7 @@ let shown = 0, readAt = performance.now();
 let firstLoss: number | undefined;
 if (step === 0) {
   const { batches, rows } = updateBatches(1);
-  const { nllSum, tokens } = await trainer.evaluate(batches, rows.map((r) => r.length));
+  const { nllSum, tokens } = await trainer.evaluate({ batches, rows: rows.map((r) => r.length) });
   if ((adapter?.lora.lora_dropout ?? 0) === 0) firstLoss = nllSum / tokens;
   await evaluate();
 }
@@ -272,7 +272,7 @@ async function readLosses(): Promise<void> {
 }
 
 async function evaluate(): Promise<void> {
-  const { evalLoss, nllSum, tokens } = await trainer.evaluate(evaluation.batches, evaluation.rows);
+  const { evalLoss, nllSum, tokens } = await trainer.evaluate(evaluation);
   if (!Number.isFinite(evalLoss) && step === 0) {
     throw new Error(`Cannot train "${opt.model}": its validation loss before the first update is ${evalLoss}`);
   }

@@ -5,17 +5,26 @@
 import { assertEquals } from "@std/assert";
 import { fromFloat32, toFloat32 } from "../lib/data/dtype.ts";
 import { type Gpu, type LaneModel, openGpu } from "../lib/gpu/device.ts";
-import { destroyImage } from "../lib/gpu/image.ts";
 import { type Command, createRows, type Rows } from "../lib/gpu/kernel.ts";
 import { run } from "../lib/gpu/program.ts";
-import { BYTES, createTensor, downloadBytes, type Storage, type Tensor, upload } from "../lib/gpu/tensor.ts";
+import {
+  BYTES,
+  createBuffer,
+  createTensor,
+  destroyOwned,
+  downloadBytes,
+  own,
+  type Storage,
+  type Tensor,
+  upload,
+} from "../lib/gpu/tensor.ts";
 
-const own = await openGpu().catch((error: Error) => {
+const device = await openGpu().catch((error: Error) => {
   if (error.message.includes("no WebGPU adapter")) return undefined;
   throw error;
 });
 /** Whether tests that need a device are to be ignored: there is none, and REQUIRE_GPU=1 does not ask for one. */
-export const NO_GPU = own === undefined && Deno.env.get("REQUIRE_GPU") !== "1";
+export const NO_GPU = device === undefined && Deno.env.get("REQUIRE_GPU") !== "1";
 const GUARD = 0xa5, GUARD_BYTES = 4096;
 
 /** A tensor that a kernel writes, the bytes that it starts from, and behind them the guard. */
@@ -37,14 +46,13 @@ export interface Bench {
   compute(commands: readonly Command[], outputs: readonly Output[]): Promise<Float32Array<ArrayBuffer>[]>;
 }
 
-function createBench(gpu: Gpu, made: GPUBuffer[]): Bench {
+function createBench(gpu: Gpu): Bench {
   const allocate = (
     name: string,
     start: Uint8Array,
     { shape, dtype }: { shape: readonly number[]; dtype: Storage },
   ) => {
     const tensor = createTensor(gpu, { name, shape: [start.length + GUARD_BYTES], dtype: "u8" });
-    made.push(tensor.buffer);
     return { ...tensor, shape, dtype };
   };
   const guarded = (start: Uint8Array) => {
@@ -75,14 +83,12 @@ function createBench(gpu: Gpu, made: GPUBuffer[]): Bench {
     },
     rows(count, first = 0) {
       const rows = createRows(gpu, "rows");
-      made.push(rows.buffer);
       rows.set(count, first);
       return rows;
     },
     uniform(values) {
       const usage = GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST;
-      const buffer = gpu.device.createBuffer({ size: values.byteLength, usage });
-      made.push(buffer);
+      const buffer = createBuffer(gpu, { size: values.byteLength, usage });
       gpu.queue.writeBuffer(buffer, 0, values);
       return buffer;
     },
@@ -126,14 +132,11 @@ export function gpuTest(
   for (const lanes of models || ["shared"] as const) {
     Deno.test({
       name: models ? `${name} (${SPOKEN[lanes]})` : name,
-      ignore: own ? lanes === "subgroup" && own.lanes !== "subgroup" : Deno.env.get("REQUIRE_GPU") !== "1",
+      ignore: device ? lanes === "subgroup" && device.lanes !== "subgroup" : Deno.env.get("REQUIRE_GPU") !== "1",
       async fn() {
-        const made: GPUBuffer[] = [];
-        await body(createBench({ ...await openGpu(), lanes }, made));
-        for (const buffer of made) {
-          destroyImage(buffer);
-          buffer.destroy();
-        }
+        const gpu = own({ ...await openGpu(), lanes });
+        await body(createBench(gpu));
+        destroyOwned(gpu);
       },
     });
   }

@@ -19,6 +19,8 @@ export interface Gpu {
   readonly lanes: LaneModel;
   readonly timestamps: boolean;
   readonly limits: GPUSupportedLimits;
+  /** The buffers that were made through this handle and are still there, where somebody owns them: see `own` in tensor.ts. */
+  readonly owned?: Set<GPUBuffer>;
 }
 
 /** The limits that a training step may need above WebGPU's defaults; all are asked for at the adapter's own value. */

@@ -4,7 +4,7 @@
  */
 import type { Gpu } from "./device.ts";
 import { type Image, imageConstants, imageOf, readImages } from "./image.ts";
-import type { Tensor } from "./tensor.ts";
+import { createBuffer, type Tensor } from "./tensor.ts";
 import { testAtEnd, unroll } from "./unroll.ts";
 import subgroupLanes from "../../kernels/lanes_subgroup.wgsl" with { type: "text" };
 import sharedLanes from "../../kernels/lanes_shared.wgsl" with { type: "text" };
@@ -40,7 +40,7 @@ export interface Rows {
 /** Makes a row counter, 0 rows at first. */
 export function createRows(gpu: Gpu, name: string): Rows {
   const usage = GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST;
-  const buffer = gpu.device.createBuffer({ label: name, size: 16, usage });
+  const buffer = createBuffer(gpu, { label: name, size: 16, usage });
   let rows = 0, start = 0;
   return {
     buffer,
@@ -202,7 +202,7 @@ export class Kernel {
       );
     }
     const size = Math.ceil(this.#dims.length / 4) * 16;
-    const buffer = this.#gpu.device.createBuffer({
+    const buffer = createBuffer(this.#gpu, {
       label: `${label}.dims`,
       size,
       usage: GPUBufferUsage.UNIFORM,

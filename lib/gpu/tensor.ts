@@ -1,9 +1,9 @@
 /**
  * Tensors: a name, a shape, an element type and one GPU buffer of their own. No strides, no views, no reference
- * counting: row-major, the last axis contiguous, destroyed by whoever made them.
+ * counting: row-major, the last axis contiguous, destroyed by whoever owns the handle that they were made through.
  */
 import type { Gpu } from "./device.ts";
-import { destroyImage, wrote } from "./image.ts";
+import { destroyImage, imageBytes, wrote } from "./image.ts";
 
 /** Element types as they lie in the buffer; two f16 or bf16 share a 32-bit word, four u8 do. */
 export type Storage = "f32" | "u32" | "f16" | "bf16" | "u8";
@@ -29,6 +29,37 @@ export function tensorBytes(shape: readonly number[], dtype: Storage): number {
   return Math.max(16, Math.ceil((elements * BYTES[dtype]) / 16) * 16);
 }
 
+/** The same device for an owner: what is made through this handle is counted by `ownedBytes` and freed by `destroyOwned`. */
+export function own(gpu: Gpu): Gpu {
+  return { ...gpu, owned: new Set() };
+}
+
+/** Makes a buffer that lives as long as the owner of `gpu`. */
+export function createBuffer(gpu: Gpu, descriptor: GPUBufferDescriptor): GPUBuffer {
+  const buffer = gpu.device.createBuffer(descriptor);
+  gpu.owned?.add(buffer);
+  return buffer;
+}
+
+/** Bytes of all that was made through a handle: its buffers, and the images of them. */
+export function ownedBytes({ owned = new Set() }: Gpu): { buffers: number; images: number } {
+  let buffers = 0, images = 0;
+  for (const buffer of owned) {
+    buffers += buffer.size;
+    images += imageBytes(buffer);
+  }
+  return { buffers, images };
+}
+
+/** Frees all that was made through a handle. */
+export function destroyOwned({ owned = new Set() }: Gpu): void {
+  for (const buffer of owned) {
+    destroyImage(buffer);
+    buffer.destroy();
+  }
+  owned.clear();
+}
+
 /** Allocates a zeroed tensor. Throws `RangeError` where the device cannot bind so large a buffer. */
 export function createTensor(
   gpu: Gpu,
@@ -42,15 +73,7 @@ export function createTensor(
     );
   }
   const usage = GPUBufferUsage.STORAGE | GPUBufferUsage.COPY_DST | GPUBufferUsage.COPY_SRC;
-  return { name, shape, dtype, bytes, buffer: gpu.device.createBuffer({ label: name, size: bytes, usage }) };
-}
-
-/** Frees what tensors hold on the GPU. */
-export function destroyTensors(tensors: Iterable<Tensor>): void {
-  for (const { buffer } of tensors) {
-    destroyImage(buffer);
-    buffer.destroy();
-  }
+  return { name, shape, dtype, bytes, buffer: createBuffer(gpu, { label: name, size: bytes, usage }) };
 }
 
 /** Upload pieces are at most this long. A staging copy of each lives until its submit is done: STAGED bytes of them at most. */

@@ -1,9 +1,10 @@
 /**
  * Checkpoints: a folder per saved update with all that an uninterrupted run would have had, bit for bit. A checkpoint is
- * written under a temporary name and renamed, so one that has its name is whole.
+ * written under a temporary name and renamed, so one that has its name is whole; its `checkpoint.json`, written last, has
+ * the digests of all its files, so one that was damaged since is not gone on from.
  */
 import type { Dtype } from "../data/dtype.ts";
-import { writeWhole } from "../data/files.ts";
+import { exists, filesUnder, readJsonObject, sha256File, writeWhole } from "../data/files.ts";
 import { openSafetensors, writeSafetensors } from "../data/safetensors.ts";
 import { downloadBytes, type Storage } from "../gpu/tensor.ts";
 import type { Trainer } from "./trainer.ts";
@@ -20,8 +21,12 @@ export interface RunState {
 }
 
 const DTYPE: Partial<Record<Storage, Dtype>> = { f32: "F32", u8: "U8" };
+const STATE = "state.safetensors", DIGESTS = "checkpoint.json";
 
-/** Writes `dir` (…/step-N): raw parameters and moments in `state.safetensors`, and whatever `also` writes into the folder. */
+/**
+ * Writes `dir` (…/step-N): raw parameters and moments in `state.safetensors`, whatever `also` writes into the folder, and the
+ * SHA-256 of every file in `checkpoint.json`.
+ */
 export async function saveCheckpoint(
   dir: string,
   { trainer, run, also }: { trainer: Trainer; run: RunState; also: (dir: string) => Promise<void> },
@@ -40,22 +45,31 @@ export async function saveCheckpoint(
   }));
   await writeWhole(dir, async (partial) => {
     await Deno.mkdir(partial, { recursive: true });
-    await writeSafetensors(`${partial}/state.safetensors`, tensors, { format: "pt", run: JSON.stringify(run) });
+    await writeSafetensors(`${partial}/${STATE}`, tensors, { format: "pt", run: JSON.stringify(run) });
     await also(partial);
+    const digests = filesUnder(partial).map((path) => [path.slice(partial.length + 1), sha256File(path)]);
+    const text = JSON.stringify({ sha256: Object.fromEntries(digests) }, null, 2);
+    await Deno.writeTextFile(`${partial}/${DIGESTS}`, text + "\n");
   });
 }
 
-/** Reads a checkpoint's run state. Throws where the file is not whole or not of a run. */
+/** Reads a checkpoint's run state. Throws where a file is missing, is not as it was written, or is not of a run. */
 export function readRunState(dir: string): RunState {
-  using source = openSafetensors(`${dir}/state.safetensors`);
+  const digests = readJsonObject(`${dir}/${DIGESTS}`).sha256 as Readonly<Record<string, unknown>> | undefined;
+  for (const path of new Set([STATE, ...Object.keys(digests ?? {})])) {
+    const file = `${dir}/${path}`, refuse = (state: string) => new Error(`Cannot read "${file}": ${state}`);
+    if (!exists(file)) throw refuse("no such file");
+    if (sha256File(file) !== digests?.[path]) throw refuse(`it is damaged: ${DIGESTS} has the digest of other bytes`);
+  }
+  using source = openSafetensors(`${dir}/${STATE}`);
   const { run } = source.metadata;
   if (run === undefined) throw new SyntaxError(`Cannot read "${source.path}": its metadata tells of no run`);
   return JSON.parse(run) as RunState;
 }
 
 /**
- * Puts the trainer where the checkpoint left it. Throws where its settings differ from `settings`, and where the file is
- * damaged: the run then goes on from the checkpoint before it as soon as this one is removed.
+ * Puts the trainer where the checkpoint left it. Throws where its settings differ from `settings`, and where one of its
+ * files is damaged: the run then goes on from the checkpoint before it as soon as this one is removed.
  */
 export async function loadCheckpoint(
   dir: string,
@@ -76,7 +90,7 @@ export async function loadCheckpoint(
     const state = difference(JSON.parse(run.settings), JSON.parse(settings));
     throw new Error(`Cannot resume from "${dir}": ${state}: go on as the run began, or start over with --no-resume`);
   }
-  using source = openSafetensors(`${dir}/state.safetensors`);
+  using source = openSafetensors(`${dir}/${STATE}`);
   const part = (prefix: string) =>
     new Map(
       [...source.tensors.keys()].filter((name) => name.startsWith(prefix)).map((name) => [

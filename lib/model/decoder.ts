@@ -5,7 +5,7 @@
 import type { Gpu } from "../gpu/device.ts";
 import { type Command, createRows, type Rows } from "../gpu/kernel.ts";
 import { compile, run } from "../gpu/program.ts";
-import { createTensor, destroyTensors, type Tensor } from "../gpu/tensor.ts";
+import { createBuffer, createTensor, destroyOwned, own, type Tensor } from "../gpu/tensor.ts";
 import { type Cache, createAttentionDecode, NO_SLOT } from "../ops/attention_decode.ts";
 import { createMatvec, rowBlock } from "../ops/matvec.ts";
 import { dequantize, forward } from "./layer.ts";
@@ -55,7 +55,7 @@ export class Decoder {
 
   /** Allocates the cache and records the reading of prompts. */
   constructor(parts: ModelParts, { batch, context }: { batch: number; context: number }) {
-    const { gpu, config, ops, weights, lora } = parts;
+    const { config, ops, weights, lora } = parts, gpu = own(parts.gpu);
     this.parts = parts;
     this.batch = batch;
     this.context = context;
@@ -218,10 +218,7 @@ export class Decoder {
 
   /** Frees the cache and the buffers, not the model. */
   destroy(): void {
-    const all = [...this.#reading.rows, ...this.#writing.rows].map(({ tensor }) => tensor);
-    for (const { keys, values } of this.#caches) all.push(keys, values);
-    all.push(this.#slots.reading, this.#slots.writing, this.#staging);
-    destroyTensors(all);
+    destroyOwned(this.#gpu);
   }
 }
 
@@ -237,7 +234,7 @@ const READABLE_AT_ONCE = Deno.version.deno === "2.9.6";
 
 function createStaging(gpu: Gpu, bytes: number): Tensor {
   const usage = GPUBufferUsage.MAP_READ | GPUBufferUsage.COPY_DST;
-  const buffer = gpu.device.createBuffer({ label: "logits.read", size: bytes, usage, mappedAtCreation: true });
+  const buffer = createBuffer(gpu, { label: "logits.read", size: bytes, usage, mappedAtCreation: true });
   buffer.unmap();
   return { name: "logits.read", shape: [bytes / 4], dtype: "f32", buffer, bytes };
 }

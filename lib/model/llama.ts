@@ -5,7 +5,7 @@
 import type { Gpu } from "../gpu/device.ts";
 import { type Command, createRows, type Rows } from "../gpu/kernel.ts";
 import { compile, run } from "../gpu/program.ts";
-import { createTensor, destroyTensors, download, downloadBytes, type Tensor } from "../gpu/tensor.ts";
+import { createBuffer, createTensor, download, downloadBytes, type Tensor } from "../gpu/tensor.ts";
 import { createDropout } from "../ops/dropout.ts";
 import { type ModelConfig, readConfig } from "./config.ts";
 import { createFullGradients, type FullGradients } from "./full.ts";
@@ -86,8 +86,8 @@ export class Llama implements ModelParts {
     this.#rows = createRows(gpu, "tokens");
     this.#sums = createTensor(gpu, { name: "nll_sums", shape: [RING] });
     const usage = GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST;
-    this.#scale = gpu.device.createBuffer({ label: "scale", size: 16, usage });
-    this.#draw = gpu.device.createBuffer({ label: "dropout.draw", size: 16, usage });
+    this.#scale = createBuffer(gpu, { label: "scale", size: 16, usage });
+    this.#draw = createBuffer(gpu, { label: "dropout.draw", size: 16, usage });
     this.#head = createHead(gpu, {
       ops,
       config,
@@ -248,9 +248,8 @@ export class Llama implements ModelParts {
     return this.#train;
   }
 
-  /** Frees weights, adapter, gradients and activations; the model cannot be used afterwards. */
+  /** Frees all that was made for the model; it cannot be used afterwards. */
   destroy(): void {
-    destroyTensors([...this.plan.rows.map(({ tensor }) => tensor), ...this.groups.map(({ grad }) => grad)]);
     destroyParts(this);
   }
 

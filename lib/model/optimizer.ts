@@ -5,7 +5,7 @@
 import { dynamicMap } from "../data/blockwise8.ts";
 import type { Gpu } from "../gpu/device.ts";
 import type { Command } from "../gpu/kernel.ts";
-import { createTensor, type Tensor, upload } from "../gpu/tensor.ts";
+import { createBuffer, createTensor, type Tensor, upload } from "../gpu/tensor.ts";
 import {
   type Convention,
   createAdamw,
@@ -59,7 +59,7 @@ export async function createOptimizer(
     return tensor;
   };
   const usage = GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST;
-  const uniform = (label: string) => gpu.device.createBuffer({ label, size: 48, usage });
+  const uniform = (label: string) => createBuffer(gpu, { label, size: 48, usage });
   const step = uniform("step"), stepWithoutDecay = uniform("step without decay");
   const norm = createTensor(gpu, { name: "grad_norm", shape: [4] });
   const norms = createTensor(gpu, { name: "grad_norms", shape: [ring] });

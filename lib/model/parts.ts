@@ -1,6 +1,6 @@
 /** What a model is made of before buffers are planned for a use of it: training and evaluation, or writing answers. */
 import { type Gpu, openGpu } from "../gpu/device.ts";
-import { destroyTensors } from "../gpu/tensor.ts";
+import { destroyOwned, own } from "../gpu/tensor.ts";
 import { type Adapter, readAdapter } from "./adapter.ts";
 import { type ModelConfig, readConfig } from "./config.ts";
 import { createLora, type LayerLora } from "./lora.ts";
@@ -9,6 +9,7 @@ import { planWeights, type WeightOptions, type Weights } from "./weights.ts";
 
 /** A model on a device. */
 export interface ModelParts {
+  /** Owns the weights, the adapter, and whatever else is made through it: all of it is freed by `destroyParts`. */
   readonly gpu: Gpu;
   readonly config: ModelConfig;
   readonly ops: Ops;
@@ -35,7 +36,7 @@ export async function openParts(
   options: PartsOptions,
 ): Promise<{ parts: ModelParts; dropout: number; fill: () => Promise<void> }> {
   const { model, trainable = false, resident = false } = options;
-  const gpu = options.gpu ?? await openGpu(), config = readConfig(model);
+  const gpu = own(options.gpu ?? await openGpu()), config = readConfig(model);
   const adapter = typeof options.adapter === "string" ? readAdapter(options.adapter, config) : options.adapter;
   const ops = await createOps(gpu, config);
   const { weights, fill } = planWeights(gpu, { dir: model, config, trainable, resident });
@@ -43,8 +44,7 @@ export async function openParts(
   return { parts: { gpu, config, ops, weights, lora }, dropout: adapter?.lora.lora_dropout ?? 0, fill };
 }
 
-/** Frees weights, adapter and tables. */
-export function destroyParts({ ops, weights, lora }: ModelParts): void {
-  destroyTensors([...weights.tensors, ...(lora ?? []).flatMap(({ params, grads }) => [params, grads])]);
-  ops.rope.destroy();
+/** Frees weights, adapter, tables and what else was made for the model. */
+export function destroyParts({ gpu }: ModelParts): void {
+  destroyOwned(gpu);
 }

@@ -1,11 +1,11 @@
 /**
- * Perplexity of a model over packed rows, document by document, and how sure the difference of two models is. It compares
- * only what was measured on the same tokens, and refuses losses that are not numbers.
+ * Evaluation of a model over packed rows: its loss as a training run wants it, its perplexity document by document, and how
+ * sure the difference of two models is. It compares only what was measured on the same tokens.
  */
 import { IGNORED } from "../data/dataset.ts";
 import { TorchGenerator } from "../data/random.ts";
 import { download } from "../gpu/tensor.ts";
-import type { Llama, MicroBatch } from "./llama.ts";
+import { type Llama, type MicroBatch, RING } from "./llama.ts";
 
 /** One document: `nll` in nats, summed over its `tokens` labelled tokens. */
 export interface DocumentLoss {
@@ -18,18 +18,29 @@ export interface BatchLoss extends DocumentLoss {
   readonly rows: number;
 }
 
-/** Losses over the whole of a split; `perplexity` is `exp(nllSum / tokens)`. */
-export interface Perplexity {
+/** Losses over the whole of a split, in nats. */
+export interface EvaluationResult {
+  /** As the Hugging Face Trainer reports it: means of batches, weighted by their rows and not by their tokens. */
+  readonly evalLoss: number;
+  /** Total over all labelled tokens, and their number. */
   readonly nllSum: number;
   readonly tokens: number;
+}
+
+/** The same with `perplexity`, which is `exp(nllSum / tokens)`. */
+export interface Perplexity extends EvaluationResult {
   readonly perplexity: number;
-  /** As the Hugging Face Trainer reports it, in nats: means of batches, weighted by their rows and not by their tokens. */
-  readonly evalLoss: number;
 }
 
 /** What {@link measurePerplexity} found: the split, and every document that has a labelled token. */
 export interface Measured extends Perplexity {
   readonly documents: readonly DocumentLoss[];
+}
+
+/** What to evaluate on: batch i holds `rows[i]` dataset rows. */
+export interface EvaluationRows {
+  readonly batches: readonly MicroBatch[];
+  readonly rows: readonly number[];
 }
 
 /** A percentile interval. */
@@ -38,17 +49,26 @@ export interface Interval {
   readonly high: number;
 }
 
+/** The loss of `batches`, summed on the GPU, which is waited for once in `RING` batches. What is not finite stays so. */
+export async function evaluate(llama: Llama, { batches, rows }: EvaluationRows): Promise<EvaluationResult> {
+  const losses: BatchLoss[] = [];
+  for (let first = 0; first < batches.length; first += RING) {
+    const counts = batches.slice(first, first + RING).map((batch, slot) => llama.evaluate(batch, slot));
+    const sums = await llama.losses();
+    counts.forEach((tokens, slot) => losses.push({ nll: sums[slot]!, tokens, rows: rows[first + slot]! }));
+  }
+  const nllSum = losses.reduce((sum, { nll }) => sum + nll, 0);
+  const tokens = losses.reduce((sum, { tokens }) => sum + tokens, 0);
+  return { evalLoss: meanByRows(losses), nllSum, tokens };
+}
+
 /**
- * The loss of every labelled token of `batches`, in one forward pass each; batch i holds `rows[i]` dataset rows. Throws an
+ * The same losses token by token, so that they can be summed by document; waits for the GPU after each batch. Throws an
  * error where nothing is labelled or a loss is not finite.
  */
 export async function measurePerplexity(
   llama: Llama,
-  { batches, rows, onBatch }: {
-    readonly batches: readonly MicroBatch[];
-    readonly rows: readonly number[];
-    readonly onBatch?: (done: number) => void;
-  },
+  { batches, rows, onBatch }: EvaluationRows & { readonly onBatch?: (done: number) => void },
 ): Promise<Measured> {
   const documents: DocumentLoss[] = [], losses: BatchLoss[] = [];
   for (const [i, batch] of batches.entries()) {
@@ -61,6 +81,7 @@ export async function measurePerplexity(
     losses.push({ nll: found.reduce((sum, { nll }) => sum + nll, 0), tokens, rows: rows[i]! });
     onBatch?.(i + 1);
   }
+  await llama.losses(); // clears the sums, which are not wanted here
   return { ...perplexity(documents), evalLoss: meanByRows(losses), documents };
 }
 

@@ -28,12 +28,17 @@ export function learningRate(
   return peak * Math.max(0, 0.5 * (1 + Math.cos(Math.PI * progress)));
 }
 
-/** The updates of warm-up: `ratio` of `total`, rounded up. Throws a RangeError unless 0 <= ratio <= 1. */
-export function warmupSteps(ratio: number, total: number): number {
+/**
+ * The updates of warm-up: `ratio` of `total`, rounded up; none where the `scheduler` has no warm-up. Throws a RangeError
+ * unless 0 <= ratio <= 1.
+ */
+export function warmupSteps(
+  { scheduler, ratio, total }: { readonly scheduler: Scheduler; readonly ratio: number; readonly total: number },
+): number {
   if (!(ratio >= 0 && ratio <= 1)) {
     throw new RangeError(`Cannot warm up for ${ratio} of the run: the ratio must lie between 0 and 1`);
   }
-  return Math.ceil(total * ratio);
+  return scheduler === "constant" ? 0 : Math.ceil(total * ratio);
 }
 
 /** What a run consists of; an epoch's last batch and last update may be smaller than the others. */

@@ -3,12 +3,12 @@
  * later in one go. When to evaluate, save or stop is the script's business.
  */
 import { hash32 } from "../data/random.ts";
-import { imageBytes } from "../gpu/image.ts";
+import type { Gpu } from "../gpu/device.ts";
 import type { Command } from "../gpu/kernel.ts";
 import { profile, run, type Timing } from "../gpu/program.ts";
-import { download, upload } from "../gpu/tensor.ts";
+import { destroyOwned, download, own, ownedBytes, upload } from "../gpu/tensor.ts";
 import { Llama, type LlamaOptions, type MicroBatch, RING } from "./llama.ts";
-import { type BatchLoss, meanByRows } from "./perplexity.ts";
+import { evaluate, type EvaluationResult, type EvaluationRows } from "./perplexity.ts";
 import { planBytes } from "./plan.ts";
 import { createOptimizer, type Optimizer, type OptimizerKind, writeState } from "./optimizer.ts";
 
@@ -34,15 +34,6 @@ export interface UpdateResult {
   readonly tokens: number;
 }
 
-/** Mean losses of an evaluation, in nats. */
-export interface EvaluationResult {
-  /** As the Hugging Face Trainer reports it: means of batches, weighted by their rows. */
-  readonly evalLoss: number;
-  /** Total over all labelled tokens, and their number: the corpus value is `exp(nllSum / tokens)`. */
-  readonly nllSum: number;
-  readonly tokens: number;
-}
-
 /** Labelled tokens of micro-batches. */
 export function labelledTokens(batches: readonly MicroBatch[]): number {
   let count = 0;
@@ -54,21 +45,33 @@ export function labelledTokens(batches: readonly MicroBatch[]): number {
 export class Trainer {
   readonly llama: Llama;
   readonly optimizer: Optimizer;
+  /** Owns what the optimizer is made of. */
+  readonly #gpu: Gpu;
   readonly #hyper: Hyperparameters;
   #pending: { step: number; tokens: number }[] = [];
 
-  private constructor(llama: Llama, optimizer: Optimizer, hyper: Hyperparameters) {
+  private constructor(
+    llama: Llama,
+    { gpu, optimizer, hyper }: { gpu: Gpu; optimizer: Optimizer; hyper: Hyperparameters },
+  ) {
     this.llama = llama;
     this.optimizer = optimizer;
+    this.#gpu = gpu;
     this.#hyper = hyper;
   }
 
   /** Opens the model for training and allocates the optimizer's state. */
   static async open(options: LlamaOptions & { readonly hyper: Hyperparameters }): Promise<Trainer> {
     const llama = await Llama.open(options);
-    const { gpu, groups } = llama;
-    const optimizer = await createOptimizer(gpu, { groups, kind: options.hyper.optimizer, ring: RING });
-    return new Trainer(llama, optimizer, options.hyper);
+    const gpu = own(llama.gpu), { hyper } = options;
+    const optimizer = await createOptimizer(gpu, { groups: llama.groups, kind: hyper.optimizer, ring: RING });
+    return new Trainer(llama, { gpu, optimizer, hyper });
+  }
+
+  /** Frees the model and all that was made to train it. */
+  destroy(): void {
+    destroyOwned(this.#gpu);
+    this.llama.destroy();
   }
 
   /** Parameters that learn. */
@@ -76,23 +79,23 @@ export class Trainer {
     return this.llama.groups.flatMap(({ slots }) => slots).reduce((sum, { elements }) => sum + elements, 0);
   }
 
-  /** Bytes on the GPU by what they are for. */
+  /** Bytes on the GPU by what they are for: together all that was made for the model and for training it. */
   memory(): Record<string, number> {
-    const { weights, lora, groups, plan } = this.llama;
+    const { gpu, weights, lora, groups, plan } = this.llama;
     const size = (tensors: Iterable<{ readonly bytes: number }>) => [...tensors].reduce((sum, t) => sum + t.bytes, 0);
     const { kept, scratch, batch } = planBytes(plan);
-    const tensors = [...weights.tensors, ...groups.flatMap(({ param, grad }) => [param, grad])];
-    const buffers = new Set([...tensors, ...plan.rows.map(({ tensor }) => tensor)].map(({ buffer }) => buffer));
-    const images = [...buffers].reduce((sum, buffer) => sum + imageBytes(buffer), 0);
-    return {
+    const named = {
       weights: size(weights.tensors),
       adapter: size((lora ?? []).map(({ params }) => params)),
       gradients: size(groups.map(({ grad }) => grad)),
       "optimizer state": size(this.optimizer.state.values()),
       "kept activations": kept,
       "scratch and batch": scratch + batch,
-      ...(images > 0 ? { "images of these": images } : {}),
     };
+    const [model, training] = [ownedBytes(gpu), ownedBytes(this.#gpu)], images = model.images + training.images;
+    const rest = model.buffers + training.buffers - Object.values(named).reduce((sum, n) => sum + n, 0);
+    // Rotation angles, blocks of the optimizer, 8-bit maps, token order, and the sizes that each dispatch is given.
+    return { ...named, "tables and sizes": rest, ...(images > 0 ? { "images of these": images } : {}) };
   }
 
   /**
@@ -149,10 +152,10 @@ export class Trainer {
     return results;
   }
 
-  /** Loss over micro-batches without learning; `rows[i]` is how many dataset rows batch i holds. */
-  evaluate(batches: readonly MicroBatch[], rows: readonly number[]): Promise<EvaluationResult> {
+  /** Loss over micro-batches without learning. */
+  evaluate(on: EvaluationRows): Promise<EvaluationResult> {
     if (this.#pending.length > 0) throw new Error("Cannot evaluate: losses of earlier updates must be read first");
-    return evaluate(this.llama, { batches, rows });
+    return evaluate(this.llama, on);
   }
 
   /** Puts parameters and moments back, bit for bit. */
@@ -174,21 +177,4 @@ export class Trainer {
     }
     await writeState(gpu, { optimizer: this.optimizer, state });
   }
-}
-
-/** Loss of a model over micro-batches. */
-export async function evaluate(
-  llama: Llama,
-  { batches, rows }: { batches: readonly MicroBatch[]; rows: readonly number[] },
-): Promise<EvaluationResult> {
-  const losses: BatchLoss[] = [];
-  for (let first = 0; first < batches.length; first += RING) {
-    const group = batches.slice(first, first + RING);
-    const counts = group.map((batch, slot) => llama.evaluate(batch, slot));
-    const sums = await llama.losses();
-    counts.forEach((tokens, slot) => losses.push({ nll: sums[slot]!, tokens, rows: rows[first + slot]! }));
-  }
-  const nllSum = losses.reduce((sum, { nll }) => sum + nll, 0);
-  const tokens = losses.reduce((sum, { tokens }) => sum + tokens, 0);
-  return { evalLoss: meanByRows(losses), nllSum, tokens };
 }

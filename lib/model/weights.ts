@@ -53,7 +53,7 @@ export interface Weights {
   readonly head: readonly VocabSlice[];
   readonly norm: Tensor;
   readonly layers: readonly LayerWeights[];
-  /** Everything allocated, for the memory table and for `destroy`. */
+  /** All of these tensors, and the scratch of 4-bit ones: for the memory table. */
   readonly tensors: readonly Tensor[];
 }
 
@@ -145,9 +145,23 @@ export function planWeights(
     const kinds = parts.map(({ module }) => readQuantKind(source, moduleName(layer, module)));
     const { dtype: quantDtype, blocksize } = kinds[0]!;
     const dtype = ({ float32: "f32", float16: "f16", bfloat16: "bf16" } as const)[quantDtype];
-    if (kinds.some((kind) => kind.dtype !== quantDtype || kind.blocksize !== blocksize)) {
-      throw new Error(`Cannot fuse "${name}": its 4-bit projections differ in type or block size`);
-    }
+    kinds.forEach((kind, i) => {
+      const { module, columns } = parts[i]!;
+      const refuse = (state: string) => new RangeError(`Cannot load "${moduleName(layer, module)}.weight": ${state}`);
+      if (kind.shape.join() !== [columns, k].join()) {
+        throw refuse(`it is [${kind.shape.join(", ")}] but the config wants [${columns}, ${k}]`);
+      }
+      if (kind.dtype !== quantDtype || kind.blocksize !== blocksize) {
+        const first = `${quantDtype} in blocks of ${blocksize} as "${parts[0]!.module}"`;
+        throw refuse(
+          `it is ${kind.dtype} in blocks of ${kind.blocksize}: ${first} is wanted, with which it shares a product`,
+        );
+      }
+      // Projections lie one behind the other, and so do their scales: none may end within a block.
+      if (columns * k % blocksize) {
+        throw refuse(`its ${columns * k} elements are not whole blocks of ${blocksize}: stage 02 makes blocks of 64`);
+      }
+    });
     const codes = make(`${name}.codes`, [n, k / 2], "u8");
     const absmax = make(`${name}.absmax`, [n * k / blocksize], "f32");
     let element = 0;

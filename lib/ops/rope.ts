@@ -1,7 +1,7 @@
 /** Binding of rope.wgsl, and its tables of cosines and sines. */
 import type { Gpu } from "../gpu/device.ts";
 import { type Dispatch, fold, Kernel, type Rows } from "../gpu/kernel.ts";
-import { createTensor, destroyTensors, type Tensor, upload } from "../gpu/tensor.ts";
+import { createTensor, type Tensor, upload } from "../gpu/tensor.ts";
 import { groupsOf, widen } from "../gpu/wide.ts";
 import source from "../../kernels/rope.wgsl" with { type: "text" };
 
@@ -49,6 +49,5 @@ export async function createRope(gpu: Gpu, { heads, kvHeads, headDim, theta, pos
     forward: (t: { rows: Rows; positions: Tensor; qkv: Tensor }) => rotate(1, t),
     /** Turns the gradient of the rotated `qkv` into that of the unrotated one, in place. */
     backward: (t: { rows: Rows; positions: Tensor; qkv: Tensor }) => rotate(-1, t),
-    destroy: () => destroyTensors([cosine, sine]),
   };
 }

@@ -2,7 +2,7 @@
  * The log of a training run: one JSON object per line, appended as it happens, cut back to a checkpoint on resume, and at
  * the end drawn as a page. It knows the names of the fields, not how they come about.
  */
-import { writeAtomic, writeJson } from "../data/files.ts";
+import { exists, writeAtomic, writeJson } from "../data/files.ts";
 import { lineChart, type Series, writeReport } from "./report.ts";
 
 /** One line: an update (`loss`, `grad_norm`, …) or an evaluation (`eval_loss`, …) after update `step`. */
@@ -22,19 +22,15 @@ export interface RunLog {
   ): Promise<void>;
 }
 
-/** Opens the log at `path` after its first `bytes` bytes; what stood behind them was not part of the checkpoint. */
+/**
+ * Opens the log at `path` after its first `bytes` bytes; what stood behind them was not part of the checkpoint. Throws, and
+ * leaves the file as it is, where those bytes are not all there or are not lines of a log.
+ */
 export async function openRunLog(path: string, bytes: number): Promise<RunLog> {
-  const file = await Deno.open(path, { write: true, create: true, read: true });
-  const { size } = await file.stat();
-  if (size < bytes) {
-    file.close();
-    const state = `it has ${size} bytes, and had ${bytes} when the checkpoint was made`;
-    throw new Error(`Cannot go on with "${path}": ${state}: bring the file back, or start over with --no-resume`);
-  }
+  const entries = bytes > 0 ? readEntries(path, bytes) : [];
+  const file = await Deno.open(path, { write: true, create: true });
   await file.truncate(bytes);
   file.close();
-  const text = await Deno.readTextFile(path);
-  const entries: LogEntry[] = text.split("\n").filter((line) => line !== "").map((line) => JSON.parse(line));
   const out = await Deno.open(path, { append: true });
   let written = bytes;
   const encoder = new TextEncoder();
@@ -91,6 +87,26 @@ export async function openRunLog(path: string, bytes: number): Promise<RunLog> {
       out.close();
     },
   };
+}
+
+/** The entries in the first `bytes` bytes of a log. */
+function readEntries(path: string, bytes: number): LogEntry[] {
+  const refuse = (state: string): never => {
+    throw new Error(`Cannot go on with "${path}": ${state}: bring the file back, or start over with --no-resume`);
+  };
+  const all = exists(path) ? Deno.readFileSync(path) : new Uint8Array();
+  if (all.length < bytes) refuse(`it has ${all.length} bytes, and had ${bytes} when the checkpoint was made`);
+  const lines = new TextDecoder().decode(all.subarray(0, bytes)).split("\n");
+  if (lines.pop() !== "") refuse(`its line ${lines.length + 1} does not end where the checkpoint was made`);
+  return lines.map((line, i) => {
+    try {
+      const entry = JSON.parse(line);
+      if (typeof entry?.step === "number") return entry;
+    } catch (error) {
+      if (!(error instanceof SyntaxError)) throw error;
+    }
+    return refuse(`its line ${i + 1} is damaged: ${JSON.stringify(line.slice(0, 40))}`);
+  });
 }
 
 /** Running mean over about a fiftieth of the run, so that the trend is seen. */

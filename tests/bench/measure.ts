@@ -5,10 +5,18 @@
 import process from "node:process";
 import { fromFloat32, toFloat32 } from "../../lib/data/dtype.ts";
 import type { Gpu } from "../../lib/gpu/device.ts";
-import { destroyImage } from "../../lib/gpu/image.ts";
 import { type Command, createRows, type Dispatch, type Rows } from "../../lib/gpu/kernel.ts";
 import { run, timePasses } from "../../lib/gpu/program.ts";
-import { createTensor, downloadBytes, type Storage, type Tensor, upload } from "../../lib/gpu/tensor.ts";
+import {
+  createBuffer,
+  createTensor,
+  destroyOwned,
+  downloadBytes,
+  own,
+  type Storage,
+  type Tensor,
+  upload,
+} from "../../lib/gpu/tensor.ts";
 import { assertClose } from "../check.ts";
 
 /** Time of one run of some commands, in ms: the median of `runs`, each the mean of as many repetitions as fill it. */
@@ -96,18 +104,15 @@ export async function benchCase(
   of: Case,
   { peaks, quick }: { peaks: Peaks; quick: boolean },
 ): Promise<KernelResult> {
-  const made: GPUBuffer[] = [];
+  const owner = own(gpu);
   let measured: Measured;
   try {
-    const { commands, reset = [], check } = await of.prepare(createScope(gpu, made));
+    const { commands, reset = [], check } = await of.prepare(createScope(owner));
     run(gpu, [...reset, ...commands]);
     await check();
     measured = await measure(gpu, commands, { quick, reset });
   } finally {
-    for (const buffer of made) {
-      destroyImage(buffer);
-      buffer.destroy();
-    }
+    destroyOwned(owner);
   }
   const work = ("flop" in of.work ? of.work.flop : of.work.bytes) / 1e6, rate = work / measured.ms;
   const per_cpu_s = measured.cpu_ms === null ? null : work / measured.cpu_ms;
@@ -178,12 +183,8 @@ export function watchOthers(): () => number | null {
 /** Random blocks are of a prime length, so that no row of a matrix is like another. */
 const PERIOD = 1_000_003;
 
-function createScope(gpu: Gpu, made: GPUBuffer[]): Scope {
-  const tensor = (name: string, shape: readonly number[], dtype: Storage) => {
-    const t = createTensor(gpu, { name, shape, dtype });
-    made.push(t.buffer);
-    return t;
-  };
+function createScope(gpu: Gpu): Scope {
+  const tensor = (name: string, shape: readonly number[], dtype: Storage) => createTensor(gpu, { name, shape, dtype });
   return {
     gpu,
     async random(name, shape, { dtype = "f32", mean = 0.1, spread = 1, seed = 1 } = {}) {
@@ -212,14 +213,12 @@ function createScope(gpu: Gpu, made: GPUBuffer[]): Scope {
     output: (name, shape, dtype = "f32") => tensor(name, shape, dtype),
     rows(count) {
       const rows = createRows(gpu, "rows");
-      made.push(rows.buffer);
       rows.set(count);
       return rows;
     },
     uniform(values) {
       const usage = GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST;
-      const buffer = gpu.device.createBuffer({ size: values.byteLength, usage });
-      made.push(buffer);
+      const buffer = createBuffer(gpu, { size: values.byteLength, usage });
       gpu.queue.writeBuffer(buffer, 0, values);
       return buffer;
     },

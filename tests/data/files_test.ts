@@ -13,7 +13,7 @@ import {
   writeJson,
   writeWhole,
 } from "../../lib/data/files.ts";
-import { withFolder } from "../check.ts";
+import { temporaryFolder, withFolder } from "../check.ts";
 
 Deno.test("exists() tells of files and folders, also below a file, and throws where nobody can tell", () =>
   withFolder((dir) => {
@@ -90,26 +90,25 @@ Deno.test("checkHolds() says what is wanted of a folder, and what makes one", ()
     return Promise.resolve();
   }));
 
-Deno.test("writeAtomic() replaces a file as a whole and leaves nothing beside it when it fails", async () => {
-  const dir = Deno.makeTempDirSync();
-  await writeJson(`${dir}/a.json`, { b: [1, "ü"] });
-  assertEquals(Deno.readTextFileSync(`${dir}/a.json`), '{\n  "b": [\n    1,\n    "ü"\n  ]\n}\n');
-  const inode = Deno.statSync(`${dir}/a.json`).ino;
-  await writeAtomic(`${dir}/a.json`, new Uint8Array([1, 2, 3]));
-  assertEquals(Deno.readFileSync(`${dir}/a.json`), new Uint8Array([1, 2, 3]));
-  assertNotEquals(Deno.statSync(`${dir}/a.json`).ino, inode);
-  Deno.mkdirSync(`${dir}/folder/full`, { recursive: true });
-  await assertRejects(() => writeAtomic(`${dir}/folder`, "a file cannot take the place of a folder"));
-  assertEquals([...Deno.readDirSync(dir)].map(({ name }) => name).sort(), ["a.json", "folder"]);
-  Deno.removeSync(dir, { recursive: true });
-});
+Deno.test("writeAtomic() replaces a file as a whole and leaves nothing beside it when it fails", () =>
+  withFolder(async (dir) => {
+    await writeJson(`${dir}/a.json`, { b: [1, "ü"] });
+    assertEquals(Deno.readTextFileSync(`${dir}/a.json`), '{\n  "b": [\n    1,\n    "ü"\n  ]\n}\n');
+    const inode = Deno.statSync(`${dir}/a.json`).ino;
+    await writeAtomic(`${dir}/a.json`, new Uint8Array([1, 2, 3]));
+    assertEquals(Deno.readFileSync(`${dir}/a.json`), new Uint8Array([1, 2, 3]));
+    assertNotEquals(Deno.statSync(`${dir}/a.json`).ino, inode);
+    Deno.mkdirSync(`${dir}/folder/full`, { recursive: true });
+    await assertRejects(() => writeAtomic(`${dir}/folder`, "a file cannot take the place of a folder"));
+    assertEquals([...Deno.readDirSync(dir)].map(({ name }) => name).sort(), ["a.json", "folder"]);
+  }));
 
 Deno.test("sha256File() agrees with a hash of the whole, for sizes around its pieces", () => {
-  const path = Deno.makeTempFileSync();
+  using folder = temporaryFolder();
+  const path = folder.at("file");
   for (const size of [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3_000_000]) {
     const bytes = Uint8Array.from({ length: size }, (_, i) => (i * 31 + size) & 255);
     Deno.writeFileSync(path, bytes);
     assertEquals(sha256File(path), createHash("sha256").update(bytes).digest("hex"));
   }
-  Deno.removeSync(path);
 });

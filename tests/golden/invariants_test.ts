@@ -70,7 +70,7 @@ Deno.test(
     let means = 0;
     for (const document of documents) means += (await gradientsOf(trainer, [document])).loss / 8;
     assertGreater(maxRelative([means], [one.loss]), 1e-4);
-    trainer.llama.destroy();
+    trainer.destroy();
   },
 );
 
@@ -114,7 +114,7 @@ for (const name of ["adamw_torch", "adamw_8bit_large_r"] as const) {
     const first = await openTrainer("tiny", run);
     const begun = await steps(first, 1, 2), kept = await snapshot(first);
     const log = [...begun, ...await steps(first, 3, 4)], end = await snapshot(first);
-    first.llama.destroy();
+    first.destroy();
     assertGreater([...end.parameters].filter(([key, bytes]) => differ(bytes, kept.parameters.get(key)!)).length, 0);
 
     const resumed = await openTrainer("tiny", run);
@@ -123,12 +123,12 @@ for (const name of ["adamw_torch", "adamw_8bit_large_r"] as const) {
     const losses = await steps(resumed, 3, 4);
     const actual = { losses, ...await snapshot(resumed) }, expected = { losses: log.slice(2), ...end };
     same("resumed against uninterrupted: losses, parameters, moments", { actual, expected });
-    resumed.llama.destroy();
+    resumed.destroy();
 
     const again = await openTrainer("tiny", run);
     const repeated = { losses: await steps(again, 1, 4), ...await snapshot(again) };
     same("repeated run: losses, parameters, moments", { actual: repeated, expected: { losses: log, ...end } });
-    again.llama.destroy();
+    again.destroy();
   });
 }
 

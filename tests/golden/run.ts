@@ -7,7 +7,8 @@ import { readConfig } from "../../lib/model/config.ts";
 import type { MicroBatch } from "../../lib/model/llama.ts";
 import { plannedSteps, warmupSteps } from "../../lib/model/schedule.ts";
 import { learningRate } from "../../lib/model/schedule.ts";
-import { type EvaluationResult, type Hyperparameters, Trainer, type UpdateResult } from "../../lib/model/trainer.ts";
+import type { EvaluationResult } from "../../lib/model/perplexity.ts";
+import { type Hyperparameters, Trainer, type UpdateResult } from "../../lib/model/trainer.ts";
 import { type Golden, golden, goldenPath } from "../check.ts";
 import { readJson, rebuilt } from "./rebuild.ts";
 
@@ -105,7 +106,7 @@ export async function openTrainer(
 /** The learning rate of each update of a run over `rows` rows. */
 export function ratesOf(run: RunArguments, rows: number): (step: number) => number {
   const { totalSteps } = plannedSteps({ rows, batchSize: run.batch, accumulation: run.accum, epochs: run.epochs });
-  const warmup = warmupSteps(run.warmup, totalSteps);
+  const warmup = warmupSteps({ scheduler: "cosine", ratio: run.warmup, total: totalSteps });
   return (step) => learningRate({ scheduler: "cosine", step, totalSteps, warmupSteps: warmup, peak: run.lr });
 }
 
@@ -121,7 +122,7 @@ export async function train(
     trainer.update(update, { step, learningRate: rate(step) });
     if (step % run.eval_steps !== 0 && step !== updates.length) continue;
     results.push(...(await trainer.read()).map((result) => ({ ...result, learningRate: rate(result.step) })));
-    evaluations.set(step, await trainer.evaluate(evaluation.batches, evaluation.rows));
+    evaluations.set(step, await trainer.evaluate(evaluation));
   }
   return { updates: results, evaluations, adapter: await trainer.llama.parameters() };
 }

@@ -76,7 +76,7 @@ async function follow(size: Size, run: RunArguments, batches: RunBatches, optimi
   const rows = (readJson(`${size}/train/dataset_${run.packing_strategy}.json`).train_packed_rows as unknown[]).length;
   const trainer = await openTrainer(size, run, optimizer ? { optimizer } : {});
   const result = await train(trainer, { run, batches, rows });
-  trainer.llama.destroy();
+  trainer.destroy();
   return result;
 }
 

@@ -3,7 +3,7 @@ import { assertEquals, assertStringIncludes, assertThrows } from "@std/assert";
 import { imageBytes, readImages } from "../../lib/gpu/image.ts";
 import { type Dispatch, fold, Kernel } from "../../lib/gpu/kernel.ts";
 import { profile, run, timePasses } from "../../lib/gpu/program.ts";
-import { createTensor, destroyTensors, download, type Tensor, upload } from "../../lib/gpu/tensor.ts";
+import { createTensor, destroyOwned, download, own, type Tensor, upload } from "../../lib/gpu/tensor.ts";
 import { type Bench, gpuTest } from "../on_gpu.ts";
 
 const SOURCE = `
@@ -28,17 +28,13 @@ fn add(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lan
 `;
 
 /** Records `out[i] = x[order[last - i].x] + x[i].wzyx` over texels, `order` counting up. */
-async function adding({ gpu }: Bench, texels: number) {
-  const kernel = new Kernel(gpu, "adding", SOURCE), made: Tensor[] = [];
+async function adding(bench: Bench, texels: number) {
+  const gpu = own(bench.gpu), kernel = new Kernel(gpu, "adding", SOURCE);
   const tensor = async (name: string, values?: Float32Array | Uint32Array) => {
-    const made_ = createTensor(gpu, {
-      name,
-      shape: [4 * texels],
-      dtype: values instanceof Uint32Array ? "u32" : "f32",
-    });
-    made.push(made_);
-    if (values) await upload(gpu, made_, values);
-    return made_;
+    const dtype = values instanceof Uint32Array ? "u32" : "f32";
+    const made = createTensor(gpu, { name, shape: [4 * texels], dtype });
+    if (values) await upload(gpu, made, values);
+    return made;
   };
   const order = await tensor("order", Uint32Array.from({ length: 4 * texels }, (_, i) => i % 4 ? 0xffff : i / 4));
   const add = (x: Tensor, out: Tensor) =>
@@ -49,7 +45,7 @@ async function adding({ gpu }: Bench, texels: number) {
     });
   const expected = (x: Float32Array) =>
     x.map((_, i) => x[(texels - 1 - Math.floor(i / 4)) * 4 + i % 4]! + x[Math.floor(i / 4) * 4 + 3 - i % 4]!);
-  return { tensor, add, expected, free: () => destroyTensors(made) };
+  return { tensor, add, expected, free: () => destroyOwned(gpu) };
 }
 
 const numbers = (n: number, from = 0) => Float32Array.from({ length: n }, (_, i) => (from + i) % 4093);

@@ -1,7 +1,7 @@
 /** Tests of checkpoints: a trainer goes on from one with the same bits, and a checkpoint of another run is refused. */
-import { assertEquals, assertNotEquals, assertRejects } from "@std/assert";
+import { assertEquals, assertNotEquals, assertRejects, assertThrows } from "@std/assert";
 import { nextTokenTargets } from "../../lib/data/dataset.ts";
-import { openSafetensors, writeSafetensors } from "../../lib/data/safetensors.ts";
+import { openSafetensors } from "../../lib/data/safetensors.ts";
 import {
   listCheckpoints,
   loadCheckpoint,
@@ -55,7 +55,7 @@ for (const [optimizer, train] of [["adamw_8bit", "lora"], ["adamw", "full"]] as 
         await save(whole, 2);
         const losses = await learn(whole, [3, 4]);
         await save(whole, 4);
-        whole.llama.destroy();
+        whole.destroy();
 
         const resumed = await open(optimizer, train);
         await learn(resumed, [1, 1]); // whatever it holds is overwritten
@@ -65,7 +65,7 @@ for (const [optimizer, train] of [["adamw_8bit", "lora"], ["adamw", "full"]] as 
         await save(resumed, 4, "again");
         assertEquals(tensorsOf(`${dir}/again`), tensorsOf(`${dir}/step-4`));
         assertNotEquals(tensorsOf(`${dir}/again`), tensorsOf(`${dir}/step-2`));
-        resumed.llama.destroy();
+        resumed.destroy();
       }),
   );
 }
@@ -87,7 +87,7 @@ Deno.test("loadCheckpoint() refuses other settings, other files, another kind of
     await refuses({ flags: { learningRate: 0.02, maxSteps: 4 } }, "it was made with --learning-rate 0.01, not 0.02");
     await refuses({ flags: { learningRate: 0.01, maxSteps: 5 } }, "it was made with --max-steps 4, not 5");
     await refuses({ files: { "rows.safetensors": "abd" } }, '"rows.safetensors" is not the file that it was made with');
-    trainer.llama.destroy();
+    trainer.destroy();
 
     const other = await open("adamw", "full");
     await assertRejects(
@@ -96,10 +96,13 @@ Deno.test("loadCheckpoint() refuses other settings, other files, another kind of
       "Cannot resume: the checkpoint holds no bytes of",
     );
     Deno.truncateSync(`${at(4)}/state.safetensors`, 5000);
+    const state = `cannot read "${
+      at(4)
+    }/state.safetensors": it is damaged: checkpoint.json has the digest of other bytes`;
     await assertRejects(
       () => loadCheckpoint(at(4), { trainer: other, settings }),
       Error,
-      `but the file ends at byte 5000: remove that folder to go on from "${at(2)}"`,
+      `Cannot resume from "${at(4)}": ${state}: remove that folder to go on from "${at(2)}"`,
     );
     Deno.removeSync(at(2), { recursive: true });
     await assertRejects(
@@ -107,7 +110,7 @@ Deno.test("loadCheckpoint() refuses other settings, other files, another kind of
       Error,
       "start over with --no-resume",
     );
-    other.llama.destroy();
+    other.destroy();
   }));
 
 Deno.test("listCheckpoints() counts whole ones alone, by number; pruneCheckpoints() keeps the newest", () =>
@@ -130,11 +133,35 @@ Deno.test("listCheckpoints() counts whole ones alone, by number; pruneCheckpoint
     ]);
   }));
 
-Deno.test("readRunState() gives what was remembered and refuses a file that no run wrote", () =>
-  withFolder(async (dir) => {
-    const run = { step: 3, logBytes: 123, best: { step: 2, evalLoss: 1.5 }, settings };
-    await writeSafetensors(`${dir}/state.safetensors`, [], { run: JSON.stringify(run) });
+Deno.test("readRunState() refuses a checkpoint with one bit flipped in any of its files, or without one of them", {
+  ignore: NO_GPU,
+}, () =>
+  withFolder(async (root) => {
+    const dir = `${root}/step-3`, run = { step: 3, logBytes: 123, best: { step: 2, evalLoss: 1.5 }, settings };
+    const trainer = await open("adamw_8bit", "lora");
+    const also = async (dir: string) => {
+      await Deno.mkdir(`${dir}/adapter`);
+      await Deno.writeTextFile(`${dir}/adapter/adapter_config.json`, "{}");
+    };
+    await saveCheckpoint(dir, { trainer, run, also });
+    trainer.destroy();
     assertEquals(readRunState(dir), run);
-    await writeSafetensors(`${dir}/state.safetensors`, []);
-    await assertRejects(async () => await readRunState(dir), SyntaxError, "Cannot read");
+
+    const [state, config] = ["state.safetensors", "adapter/adapter_config.json"].map((name) => `${dir}/${name}`);
+    const { size } = Deno.statSync(state!);
+    for (const [path, at] of [[state!, size - 1], [state!, size >> 1], [state!, 20], [config!, 1]] as const) {
+      const bytes = Deno.readFileSync(path);
+      Deno.writeFileSync(path, bytes.with(at, bytes[at]! ^ 1));
+      assertThrows(() => readRunState(dir), Error, `Cannot read "${path}": it is damaged: `);
+      Deno.writeFileSync(path, bytes);
+      assertEquals(readRunState(dir), run);
+    }
+    const digests = `${dir}/checkpoint.json`, text = Deno.readTextFileSync(digests);
+    Deno.writeTextFileSync(digests, text.replace("state.safetensors", "state.safetensorr"));
+    assertThrows(() => readRunState(dir), Error, `Cannot read "${state}": it is damaged: `);
+    Deno.removeSync(digests);
+    assertThrows(() => readRunState(dir), Error, `Cannot read "${digests}": no such file`);
+    Deno.writeTextFileSync(digests, text);
+    Deno.removeSync(config!);
+    assertThrows(() => readRunState(dir), Error, `Cannot read "${config}": no such file`);
   }));

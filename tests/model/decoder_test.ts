@@ -52,10 +52,6 @@ for (const [config, adapter] of [["tiny", false], ["tiny", true], ["odd", true]]
     await decoder.settle();
     decoder.destroy();
     llama.destroy();
-    for (const { buffer } of [...weights.tensors, ...(lora ?? []).flatMap((l) => [l.params, l.grads])]) {
-      buffer.destroy();
-    }
-    ops.rope.destroy();
   });
 }
 

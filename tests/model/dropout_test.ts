@@ -99,7 +99,7 @@ Deno.test(
     const trainer = await Trainer.open({ ...options, hyper });
     for (const step of [1, 2]) trainer.update([batch, batch], { step, learningRate: 0 });
     const found = (await trainer.read()).map(({ loss }) => loss);
-    trainer.llama.destroy();
+    trainer.destroy();
     const llama = await Llama.open(options);
     for (const step of [1, 2]) {
       for (const i of [0, 1]) llama.accumulate(batch, { items: 2 * items, slot: step, draw: hash32(7, step, i) });

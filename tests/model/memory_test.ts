@@ -1,10 +1,14 @@
 /**
  * What an update makes on the host is given back, however long a run is. A buffer that is not destroyed waits for V8 to
- * collect all garbage, which a run of few JavaScript objects seldom does: buffers are counted, the rest is weighed.
+ * collect all garbage, which a run of few JavaScript objects seldom does: buffers are counted, the rest is weighed. And the
+ * table of a run has every byte that is on the GPU.
  */
-import { assertEquals, assertLess } from "@std/assert";
+import { assert, assertEquals, assertLess } from "@std/assert";
 import v8 from "node:v8";
 import vm from "node:vm";
+import { createGenerator } from "../../lib/model/generate.ts";
+import type { LlamaOptions } from "../../lib/model/llama.ts";
+import type { OptimizerKind } from "../../lib/model/optimizer.ts";
 import { Trainer } from "../../lib/model/trainer.ts";
 import { blogConfig, randomBatch, writeRandomModel } from "../bench/problem.ts";
 import { NO_GPU as ignore } from "../on_gpu.ts";
@@ -23,6 +27,101 @@ const CONFIG = blogConfig({
 });
 const HYPER = { weightDecay: 0.01, beta1: 0.9, beta2: 0.999, eps: 1e-8, maxGradNorm: 1 };
 
+/** How a model can be trained, as far as it changes which buffers there are. */
+interface Way extends Pick<LlamaOptions, "train" | "checkpointing" | "resident"> {
+  readonly name: string;
+  readonly quantized: boolean;
+  readonly dropout?: number;
+  readonly optimizer?: OptimizerKind;
+}
+
+const WAYS: readonly Way[] = [
+  { name: "qlora", quantized: true },
+  { name: "qlora, dropout, block checkpointing", quantized: true, dropout: 0.1, checkpointing: "block" },
+  { name: "qlora, resident", quantized: true, resident: true, optimizer: "adamw" },
+  { name: "lora", quantized: false },
+  { name: "full", quantized: false, train: "full" },
+];
+
+/** Buffers and textures that were made and not destroyed while `body` ran: label and bytes of each. */
+async function leftBy(body: (left: () => number) => Promise<void>): Promise<string[]> {
+  const alive = new Map<object, { label: string; bytes: number }>();
+  const { createBuffer, createTexture } = GPUDevice.prototype;
+  const destroyed = [GPUBuffer.prototype, GPUTexture.prototype].map(({ destroy }) => destroy);
+  GPUDevice.prototype.createBuffer = function (what) {
+    const buffer = createBuffer.call(this, what);
+    alive.set(buffer, { label: buffer.label, bytes: what.size });
+    return buffer;
+  };
+  GPUDevice.prototype.createTexture = function (what) {
+    const texture = createTexture.call(this, what);
+    alive.set(texture, { label: `image of ${texture.label}`, bytes: texture.width * texture.height * 16 });
+    return texture;
+  };
+  [GPUBuffer.prototype, GPUTexture.prototype].forEach((of, i) => {
+    of.destroy = function () {
+      alive.delete(this);
+      destroyed[i]!.call(this as GPUBuffer & GPUTexture);
+    };
+  });
+  try {
+    await body(() => [...alive.values()].reduce((sum, { bytes }) => sum + bytes, 0));
+  } finally {
+    Object.assign(GPUDevice.prototype, { createBuffer, createTexture });
+    [GPUBuffer.prototype, GPUTexture.prototype].forEach((of, i) => of.destroy = destroyed[i]!);
+  }
+  return [...alive.values()].map(({ label, bytes }) => `${label}: ${bytes}`);
+}
+
+for (const { name, quantized, dropout = 0, optimizer = "adamw_8bit", train = "lora", ...options } of WAYS) {
+  Deno.test(
+    `Trainer.memory() counts every byte that is allocated, and destroy() frees it: ${name}`,
+    { ignore },
+    async () => {
+      using folder = temporaryFolder();
+      const dir = folder.path;
+      const { model, adapter } = await writeRandomModel(dir, { config: CONFIG, quantized });
+      const lora = { ...adapter.lora, lora_dropout: dropout };
+      const left = await leftBy(async (bytes) => {
+        const hyper = { ...HYPER, optimizer };
+        const trainer = await Trainer.open({
+          model,
+          adapter: train === "full" ? undefined : { ...adapter, lora },
+          train,
+          tokens: 16,
+          hyper,
+          ...options,
+        });
+        const memory = trainer.memory(), total = Object.values(memory).reduce((sum, n) => sum + n, 0);
+        assertEquals(total, bytes());
+        for (const [row, n] of Object.entries(memory)) {
+          assert(n > 0 || row === "adapter" && train === "full", `${row}: ${n}`);
+        }
+        trainer.update([randomBatch({ rows: 1, length: 16, vocab: CONFIG.vocab_size, seed: 1 })], {
+          step: 1,
+          learningRate: 1e-3,
+        });
+        await trainer.read();
+        assertEquals(bytes(), total, "an update made something");
+        trainer.destroy();
+      });
+      assertEquals(left, []);
+    },
+  );
+}
+
+Deno.test("A generator frees all that it made", { ignore }, async () => {
+  using folder = temporaryFolder();
+  const dir = folder.path;
+  const { model, adapter } = await writeRandomModel(dir, { config: CONFIG, quantized: true });
+  const left = await leftBy(async () => {
+    const generator = await createGenerator({ model, adapter, batch: 2 });
+    await generator.generate([[1, 2, 3], [4]], { maxNewTokens: 3, greedy: true });
+    generator.destroy();
+  });
+  assertEquals(left, []);
+});
+
 /** Opens a very small model, hands over a function that makes some updates, and frees it. */
 async function training(body: (update: (count: number) => Promise<void>) => Promise<void>): Promise<void> {
   using folder = temporaryFolder();
@@ -38,8 +137,7 @@ async function training(body: (update: (count: number) => Promise<void>) => Prom
     }
     await trainer.read();
   });
-  for (const tensor of trainer.optimizer.state.values()) tensor.buffer.destroy();
-  trainer.llama.destroy();
+  trainer.destroy();
 }
 
 Deno.test("An update records nothing anew, and every buffer of a reading is destroyed", { ignore }, async () => {

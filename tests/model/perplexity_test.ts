@@ -3,7 +3,13 @@ import { assert, assertAlmostEquals, assertEquals, assertNotEquals, assertReject
 import { IGNORED, nextTokenTargets } from "../../lib/data/dataset.ts";
 import { TorchGenerator } from "../../lib/data/random.ts";
 import { Llama, type MicroBatch } from "../../lib/model/llama.ts";
-import { bootstrapDifference, measurePerplexity, perplexity, sumByDocument } from "../../lib/model/perplexity.ts";
+import {
+  bootstrapDifference,
+  evaluate,
+  measurePerplexity,
+  perplexity,
+  sumByDocument,
+} from "../../lib/model/perplexity.ts";
 import { golden, goldenPath } from "../check.ts";
 import { NO_GPU as ignore } from "../on_gpu.ts";
 
@@ -32,7 +38,11 @@ Deno.test({
     const llama = await Llama.open({ model, adapter: `${run}/final_adapter`, tokens: 256 });
     const ticks: number[] = [];
     const measured = await measurePerplexity(llama, { batches, rows, onBatch: (done) => ticks.push(done) });
+    const summed = await evaluate(llama, { batches, rows });
     llama.destroy();
+    assertAlmostEquals(summed.evalLoss, measured.evalLoss, 1e-6 * measured.evalLoss);
+    assertAlmostEquals(summed.nllSum, measured.nllSum, 1e-6 * measured.nllSum);
+    assertEquals(summed.tokens, measured.tokens);
     assertAlmostEquals(measured.evalLoss, steps.eval_loss[last], 2e-5 * steps.eval_loss[last]);
     const counts = batches.map(({ targets }) => Array.from(targets).filter((id) => id !== IGNORED).length);
     const nll = counts.reduce((sum, count, i) => sum + count * steps.eval_batch_losses[last][i], 0);

@@ -1,6 +1,6 @@
 /** Learning rates and run lengths against transformers' own. */
 import { assert, assertAlmostEquals, assertEquals, assertThrows } from "@std/assert";
-import { learningRate, plannedSteps, warmupSteps } from "../../lib/model/schedule.ts";
+import { learningRate, plannedSteps, type Scheduler, warmupSteps } from "../../lib/model/schedule.ts";
 import { goldenPath } from "../check.ts";
 
 interface Case {
@@ -17,7 +17,7 @@ Deno.test("learningRate() gives transformers' cosine rate for every update of th
   assertEquals(cases.map((run) => run.lr_of_update_1_to_total.length), [4329, 37, 78, 10, 1]);
   for (const run of cases) {
     const [totalSteps, peak] = [run.total_steps, run.peak];
-    const warmup = warmupSteps(run.warmup_ratio, totalSteps);
+    const warmup = warmupSteps({ scheduler: "cosine", ratio: run.warmup_ratio, total: totalSteps });
     assertEquals(warmup, run.warmup_steps);
     [...run.lr_of_update_1_to_total, run.lr_after_the_last_update].forEach((wanted, i) => {
       const rate = learningRate({ scheduler: "cosine", step: i + 1, totalSteps, warmupSteps: warmup, peak });
@@ -48,7 +48,8 @@ Deno.test("plannedSteps() counts the blog's 4,329 updates and its 217 of warm-up
   }
   assertEquals(plannedSteps({ rows: 46_144, ...blog }).totalSteps, 4326);
   assertEquals(plannedSteps({ rows: 46_177, ...blog }).totalSteps, 4332);
-  assertEquals(warmupSteps(0.05, 4329), 217);
+  const warmup = (scheduler: Scheduler) => warmupSteps({ scheduler, ratio: 0.05, total: 4329 });
+  assertEquals((["cosine", "linear", "constant"] as const).map(warmup), [217, 217, 0]);
 });
 
 Deno.test("plannedSteps() keeps the last partial batch and update, and takes a part of an epoch or a step limit", () => {
@@ -64,7 +65,11 @@ Deno.test("a run without updates, an update 0 and a warm-up longer than the run 
   assertThrows(() => plannedSteps({ ...run, rows: 0 }), RangeError, "Cannot plan a run with rows 0");
   assertThrows(() => plannedSteps({ ...run, batchSize: 1.5 }), RangeError, "batchSize 1.5");
   assertThrows(() => plannedSteps({ ...run, epochs: 0 }), RangeError, "at least one update");
-  assertThrows(() => warmupSteps(1.2, 100), RangeError, "Cannot warm up for 1.2");
+  assertThrows(
+    () => warmupSteps({ scheduler: "constant", ratio: 1.2, total: 100 }),
+    RangeError,
+    "Cannot warm up for 1.2",
+  );
   const step = { scheduler: "cosine", totalSteps: 3, warmupSteps: 0, peak: 1 } as const;
   assertThrows(() => learningRate({ ...step, step: 0 }), RangeError, "updates count from 1");
   assert(learningRate({ ...step, step: 1 }) === 1);

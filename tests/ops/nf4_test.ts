@@ -1,6 +1,7 @@
 /** nf4.wgsl gives what lib/data/nf4.ts gives, bit for bit, in each type of weights. */
 import { assertEquals, assertThrows } from "@std/assert";
 import { dequantizeNf4, NF4_CODE, quantizeNf4 } from "../../lib/data/nf4.ts";
+import { wideOf } from "../../lib/gpu/wide.ts";
 import { createNf4 } from "../../lib/ops/nf4.ts";
 import { wave } from "../check.ts";
 import { gpuTest, stored } from "../on_gpu.ts";
@@ -16,7 +17,10 @@ for (const dtype of ["f32", "f16", "bf16"] as const) {
   gpuTest(`nf4.dequantize gives the bits of dequantizeNf4() in ${dtype}`, async ({ gpu, input, output, compute }) => {
     const op = createNf4(gpu, new Float32Array(NF4_CODE));
     for (
-      const [count, blocksize] of [[64, 64], [3 * 64, 64], [257 * 64, 64], [1003 * 32, 32], [5 * 4096, 4096]] as const
+      const [count, blocksize] of [[64, 64], [3 * 64, 64], [257 * 64, 64], [1003 * 32, 32], [5 * 16, 16], [
+        5 * 4096,
+        4096,
+      ]] as const
     ) {
       const of = quantized(count, blocksize);
       const t = {
@@ -55,3 +59,19 @@ gpuTest("nf4.dequantize refuses a last block that is not whole", async ({ gpu, i
     'Cannot dequantize "codes": 96 elements are not whole blocks of 64',
   );
 }, { models: false });
+
+gpuTest(
+  "nf4.dequantize refuses blocks that are no power of two or smaller than what a lane writes",
+  async ({ gpu, input, output }) => {
+    const op = createNf4(gpu, new Float32Array(NF4_CODE)), least = 8 * wideOf(gpu, 8);
+    const codes = await input("codes", new Uint8Array(48), { dtype: "u8" });
+    const absmax = await input("absmax", new Float32Array(48)), out = output("out", { shape: [96] });
+    for (const blocksize of [2, least / 2, 48]) {
+      assertThrows(
+        () => op.dequantize({ codes, absmax, out, count: 96, blocksize }),
+        RangeError,
+        `Cannot dequantize "codes": it is in blocks of ${blocksize}: a power of two of at least ${least} is wanted on this device`,
+      );
+    }
+  },
+);

@@ -44,7 +44,6 @@ for (const direction of ["forward", "backward"] as const) {
         assertClose(split(found!, 0, rotated), expected, { nmse: BOUND, name });
         assertEquals(split(found!, rotated, width), split(start, rotated, width), `v ${name}`);
       }
-      op.destroy();
     }
   });
 }

@@ -40,6 +40,24 @@ Deno.test("openRunLog() begins anew at 0 bytes and refuses a log that is shorter
     await log.writeReport(dir, about);
   }));
 
+Deno.test("openRunLog() refuses a log with a damaged line, names it and leaves the file as it is", () =>
+  withFolder(async (dir) => {
+    const path = `${dir}/log.jsonl`, whole = [update(1, 2.5), update(2, 2)].map((e) => JSON.stringify(e) + "\n");
+    const bytes = whole.join("").length;
+    const refuses = async (text: string, message: string) => {
+      Deno.writeTextFileSync(path, text);
+      const remedy = ": bring the file back, or start over with --no-resume";
+      await assertRejects(() => openRunLog(path, bytes), Error, `Cannot go on with "${path}": ${message}${remedy}`);
+      assertEquals(Deno.readTextFileSync(path), text);
+    };
+    const damaged = (text: string, line: number) =>
+      refuses(text, `its line ${line} is damaged: ${JSON.stringify(text.split("\n")[line - 1]!.slice(0, 40))}`);
+    await refuses(whole.join("").slice(0, -1) + " ", "its line 2 does not end where the checkpoint was made");
+    await damaged(whole.join("").replace('"step":2', '"step"\x1a2') + '{"step":3,"lo', 2);
+    await damaged("5".repeat(whole[0]!.length - 1) + "\n" + whole[1], 1);
+    await damaged(whole.join("").replace('"step":1', '"stop":1'), 1);
+  }));
+
 Deno.test("writeReport() draws the losses and writes trainer_state.json with the whole log", () =>
   withFolder(async (dir) => {
     const log = await openRunLog(`${dir}/log.jsonl`, 0);

@@ -12,7 +12,8 @@ import { linearModules, readConfig } from "../../lib/model/config.ts";
 import { Llama, logitsOf } from "../../lib/model/llama.ts";
 import { largestDifference } from "../../lib/model/merge.ts";
 import { learningRate } from "../../lib/model/schedule.ts";
-import { evaluate, labelledTokens } from "../../lib/model/trainer.ts";
+import { evaluate } from "../../lib/model/perplexity.ts";
+import { labelledTokens } from "../../lib/model/trainer.ts";
 import type { Manifest } from "../../lib/run/manifest.ts";
 import { NO_GPU } from "../on_gpu.ts";
 import {

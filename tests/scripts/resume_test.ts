@@ -134,13 +134,28 @@ Deno.test(
       assertMatch(refused.err, /not 0.001: go on as the run began, or start over with --no-resume\n$/);
       assertEquals(contentOf(out), untouched);
 
-      // The newest checkpoint is damaged: the sentence names it, and without it the run goes on from the one before.
+      // A line of the log that is damaged: the sentence names it, and nothing is touched but what the killed runs left half
+      // written.
+      const log = `${out}/log.jsonl`, logged = Deno.readTextFileSync(log);
+      Deno.writeTextFileSync(log, logged.replace('"step":1,', '"step"?1,'));
+      const unread = await attempt(dir, "05_train", line);
+      assertRefused(
+        unread,
+        /^Cannot go on with "killed\/log.jsonl": its line 2 is damaged: .* start over with --no-resume$/m,
+      );
+      Deno.writeTextFileSync(log, logged);
+      const whole = [...untouched].filter(([path]) => !/\.partial(\/|$)/.test(path));
+      assertEquals(contentOf(out), new Map(whole));
+
+      // One bit of the newest checkpoint is flipped: the sentence names the file, and without that folder the run goes on
+      // from the one before.
       const { path: newest } = before.at(-1)!, { path: older } = before.at(-2)!;
-      Deno.truncateSync(`${newest}/state.safetensors`, 100_000);
+      const file = `${newest}/state.safetensors`, bytes = Deno.readFileSync(file);
+      Deno.writeFileSync(file, bytes.with(100_000, bytes[100_000]! ^ 1));
       const damaged = await attempt(dir, "05_train", line);
       const relative = (path: string) => path.slice(dir.length + 1);
-      assertRefused(damaged, new RegExp(`^Cannot resume from "${relative(newest)}": cannot read `));
-      assertStringIncludes(damaged.err, `remove that folder to go on from "${relative(older)}"`);
+      const where = `Cannot resume from "${relative(newest)}": cannot read "${relative(file)}": it is damaged`;
+      assertRefused(damaged, new RegExp(`^${where}: .*: remove that folder to go on from "${relative(older)}"$`, "m"));
       Deno.removeSync(newest, { recursive: true });
 
       const printed = await kill(dir, line, somewhenAfter(3));
