@@ -19,7 +19,7 @@ import { readConfig } from "../lib/model/config.ts";
 import { saveTrained } from "../lib/model/save.ts";
 import { learningRate, plannedSteps, warmupSteps } from "../lib/model/schedule.ts";
 import { tileRows } from "../lib/model/tiles.ts";
-import { Trainer } from "../lib/model/trainer.ts";
+import { checkEvaluation, checkUpdate, Trainer } from "../lib/model/trainer.ts";
 import { openCache } from "../lib/run/cache.ts";
 import { byRecipe, checkNumbers, choice, flags } from "../lib/run/flags.ts";
 import { readManifest } from "../lib/run/manifest.ts";
@@ -145,6 +145,7 @@ const last = opt.force || !resume || finished ? undefined : listCheckpoints(chec
 let { step, logBytes, best } = last
   ? await loadCheckpoint(last.path, { trainer, settings })
   : { step: 0, logBytes: 0, best: null };
+const before = step; // updates of earlier processes
 stage.clear({ keep: last !== undefined });
 const log = await openRunLog(`${opt.out}/log.jsonl`, logBytes);
 console.log(step > 0 ? `\nGoing on after update ${step} (${last!.path}).\n` : "");
@@ -168,9 +169,8 @@ while (step < totalSteps) {
   else trainer.update(update.batches, { step, learningRate: rate });
   unread.set(step, { ...update, rate });
   const due = (every: number) => (every > 0 && step % every === 0) || step === totalSteps;
-  if (unread.size >= 16 || performance.now() - readAt > 1000 || due(opt.evalSteps) || due(opt.saveSteps)) {
-    await readLosses();
-  }
+  const read = unread.size >= 16 || performance.now() - readAt > 1000 || due(opt.evalSteps) || due(opt.saveSteps);
+  if (read || step === before + 1) await readLosses(); // the first one alone: it waits for the driver to compile
   if (due(opt.evalSteps)) await evaluate();
   if (due(opt.saveSteps)) await save();
 }
@@ -245,16 +245,12 @@ async function readLosses(): Promise<void> {
     const update = unread.get(number)!;
     unread.delete(number);
     const { rate, epoch, rows } = update;
-    if (!Number.isFinite(loss) || !Number.isFinite(gradNorm)) {
-      const state = `the loss of update ${number} is ${loss} and its gradient norm ${gradNorm}`;
-      throw new Error(`Cannot go on: ${state}: lower --learning-rate, or look at its rows, ${rows.flat().join(", ")}`);
-    }
+    checkUpdate({ step: number, loss, gradNorm }, { ...opt, rows: rows.flat() });
     if (number === 1 && firstLoss !== undefined && !(Math.abs(loss - firstLoss) <= 1e-5 * firstLoss)) {
       throw new Error(`Cannot accept this run: update 1 has loss ${loss}, without learning it is ${firstLoss}`);
     }
     log.append({ step: number, epoch, loss, grad_norm: gradNorm, learning_rate: rate, tokens, rows, ms });
-    // The first update waits for the driver to compile: it tells nothing of the others.
-    if (number > 1) {
+    if (number > before + 1) {
       speed.tokens += update.tokens;
       speed.ms += ms;
     }
@@ -273,12 +269,7 @@ async function readLosses(): Promise<void> {
 
 async function evaluate(): Promise<void> {
   const { evalLoss, nllSum, tokens } = await trainer.evaluate(evaluation);
-  if (!Number.isFinite(evalLoss) && step === 0) {
-    throw new Error(`Cannot train "${opt.model}": its validation loss before the first update is ${evalLoss}`);
-  }
-  if (!Number.isFinite(evalLoss)) {
-    throw new Error(`Cannot go on: the validation loss after update ${step} is ${evalLoss}: lower --learning-rate`);
-  }
+  checkEvaluation(evalLoss, { step, model: opt.model });
   const perplexity = Math.exp(nllSum / tokens);
   log.append({ step, eval_loss: evalLoss, eval_perplexity: perplexity });
   // As in transformers, the model as it came is no candidate.

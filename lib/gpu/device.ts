@@ -84,6 +84,18 @@ async function open(): Promise<Gpu> {
   };
 }
 
+/** What `make` makes on the device, or nothing where the device has not the memory for it. */
+export async function withinMemory<T>({ device }: Gpu, make: () => T): Promise<T | undefined> {
+  let made: T | undefined, failed: GPUError | null;
+  device.pushErrorScope("out-of-memory");
+  try {
+    made = make();
+  } finally {
+    failed = await device.popErrorScope();
+  }
+  return failed ? undefined : made;
+}
+
 /** Deno drops GPU errors silently; a script that goes on after one would write wrong numbers. */
 function failOnErrors(device: GPUDevice): void {
   device.addEventListener("uncapturederror", (event) => {

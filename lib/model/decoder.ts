@@ -61,7 +61,13 @@ export class Decoder {
     this.context = context;
     this.#gpu = gpu;
     const tokens = Math.max(context, Math.min(batch * context, PREFILL));
-    const plan = { config, checkpointing: "none", training: false, lora: lora?.[0] } as const;
+    const plan = {
+      config,
+      checkpointing: "none",
+      training: false,
+      lora: lora?.[0],
+      remedy: "lower --max-new-tokens",
+    } as const;
     this.#reading = createPlan(gpu, { ...plan, tokens, chunk: 1 });
     this.#writing = createPlan(gpu, { ...plan, tokens: batch, chunk: batch });
     const { num_attention_heads: heads, num_key_value_heads: kvHeads, head_dim: headDim } = config;

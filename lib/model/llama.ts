@@ -2,7 +2,7 @@
  * The model as scripts see it: loaded onto the GPU with its buffers planned and its commands recorded, it evaluates and
  * trains on packed micro-batches. Explicit forward and backward, no tape: `layer.ts` and `head.ts` hold the mathematics.
  */
-import type { Gpu } from "../gpu/device.ts";
+import { type Gpu, withinMemory } from "../gpu/device.ts";
 import { type Command, createRows, type Rows } from "../gpu/kernel.ts";
 import { compile, run } from "../gpu/program.ts";
 import { createBuffer, createTensor, download, downloadBytes, type Tensor } from "../gpu/tensor.ts";
@@ -142,22 +142,31 @@ export class Llama implements ModelParts {
       : [];
   }
 
-  /** Loads a model and plans its buffers. Throws where a file or a limit of the device stands against it. */
+  /** Loads a model and plans its buffers. Throws where a file, a limit of the device or its memory stands against it. */
   static async open(options: LlamaOptions): Promise<Llama> {
     const { tokens, train = "none", checkpointing = "none", inputGradient = false } = options;
     const { parts, dropout, fill } = await openParts({ ...options, trainable: train === "full" });
     const { gpu, config, weights, lora } = parts;
-    const plan = createPlan(gpu, {
-      config,
-      tokens,
-      checkpointing,
-      training: train !== "none",
-      dropout: train === "lora" && dropout > 0,
-      lora: lora?.[0], // scratch is shared: all layers are alike
-      chunk: headChunk(gpu, { config, tokens, checkpointing }),
+    const less = train !== "none" && checkpointing === "none" ? ", give --checkpointing block," : "";
+    const remedy = `lower --batch-size${less} or lower 03's --max-seq-length`;
+    const llama = await withinMemory(gpu, () => {
+      const plan = createPlan(gpu, {
+        config,
+        tokens,
+        checkpointing,
+        training: train !== "none",
+        dropout: train === "lora" && dropout > 0,
+        lora: lora?.[0], // scratch is shared: all layers are alike
+        chunk: headChunk(gpu, { config, tokens, checkpointing }),
+        remedy,
+      });
+      const full = train === "full" ? createFullGradients(gpu, { config, weights, tokens }) : undefined;
+      return new Llama({ ...parts, plan, full, dropout }, { checkpointing, inputGradient });
     });
-    const full = train === "full" ? createFullGradients(gpu, { config, weights, tokens }) : undefined;
-    const llama = new Llama({ ...parts, plan, full, dropout }, { checkpointing, inputGradient });
+    if (!llama) {
+      const state = `micro-batches of ${tokens} tokens do not fit into the memory of "${gpu.name}" beside the weights`;
+      throw new Error(`Cannot open "${options.model}": ${state}: ${remedy}`);
+    }
     llama.#compile();
     await fill();
     if (options.tiles && parts.ops.matmul.choices.length > 0) await llama.#chooseTiles(options.tiles, options.onTile);

@@ -21,6 +21,8 @@ export interface PlanOptions {
   readonly dropout?: boolean;
   /** Labelled tokens whose logits are held at a time. */
   readonly chunk: number;
+  /** What makes the buffers smaller, for the error where one is too large. */
+  readonly remedy: string;
 }
 
 /** Insides of one layer's forward pass. */
@@ -86,7 +88,7 @@ export interface Plan {
   readonly rows: readonly { readonly tensor: Tensor; readonly kind: "batch" | "kept" | "scratch" }[];
 }
 
-/** Allocates every buffer. Throws `RangeError`, naming the tensor, where one does not fit into the device's limits. */
+/** Allocates every buffer. Throws `RangeError`, with the tensor and the remedy, where one does not fit into the device's limits. */
 export function createPlan(gpu: Gpu, options: PlanOptions): Plan {
   const { config, tokens: T, training, lora, chunk } = options;
   const C = config.hidden_size, F = config.intermediate_size, L = config.num_hidden_layers;
@@ -95,9 +97,13 @@ export function createPlan(gpu: Gpu, options: PlanOptions): Plan {
     W = Q + 2 * config.num_key_value_heads * config.head_dim;
   const rows: { tensor: Tensor; kind: "batch" | "kept" | "scratch" }[] = [];
   const make = (kind: "batch" | "kept" | "scratch", name: string, shape: readonly number[], dtype: Storage = "f32") => {
-    const tensor = createTensor(gpu, { name, shape, dtype });
-    rows.push({ tensor, kind });
-    return tensor;
+    try {
+      const tensor = createTensor(gpu, { name, shape, dtype });
+      rows.push({ tensor, kind });
+      return tensor;
+    } catch (error) {
+      throw new RangeError(`${(error as Error).message}: ${options.remedy}`, { cause: error });
+    }
   };
 
   const lowRank = (kind: "kept" | "scratch", prefix: string): Activations["u"] => {

@@ -34,6 +34,31 @@ export interface UpdateResult {
   readonly tokens: number;
 }
 
+/**
+ * Throws where the loss or the norm of an update over `rows` of the dataset is no finite number, with what may help: the loss
+ * of update 1 is that of the model as it came, which no rate has touched.
+ */
+export function checkUpdate(
+  { step, loss, gradNorm }: Pick<UpdateResult, "step" | "loss" | "gradNorm">,
+  { rows, maxGradNorm }: { readonly rows: readonly number[]; readonly maxGradNorm: number },
+): void {
+  if (Number.isFinite(loss) && Number.isFinite(gradNorm)) return;
+  const state = `the loss of update ${step} is ${loss} and its gradient norm ${gradNorm}`;
+  const calmer = maxGradNorm > 0 ? "lower --learning-rate" : "lower --learning-rate, clip with --max-grad-norm 1";
+  const remedy = step === 1 ? "nothing was learnt yet: look at the weights of the model and of the adapter" : calmer;
+  throw new Error(`Cannot go on: ${state}: ${remedy}, or look at its rows, ${rows.join(", ")}`);
+}
+
+/** Throws where the validation loss after update `step` is no finite number; 0 is the model as it came. */
+export function checkEvaluation(evalLoss: number, { step, model }: { step: number; model: string }): void {
+  if (Number.isFinite(evalLoss)) return;
+  if (step > 0) {
+    throw new Error(`Cannot go on: the validation loss after update ${step} is ${evalLoss}: lower --learning-rate`);
+  }
+  const state = `its validation loss before the first update is ${evalLoss}`;
+  throw new Error(`Cannot train "${model}": ${state}: look at its weights, at those of the adapter, and at the rows`);
+}
+
 /** Labelled tokens of micro-batches. */
 export function labelledTokens(batches: readonly MicroBatch[]): number {
   let count = 0;

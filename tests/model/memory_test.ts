@@ -3,11 +3,13 @@
  * collect all garbage, which a run of few JavaScript objects seldom does: buffers are counted, the rest is weighed. And the
  * table of a run has every byte that is on the GPU.
  */
-import { assert, assertEquals, assertLess } from "@std/assert";
+import { assert, assertEquals, assertLess, assertRejects, assertThrows } from "@std/assert";
 import v8 from "node:v8";
 import vm from "node:vm";
+import { openGpu } from "../../lib/gpu/device.ts";
+import { Decoder } from "../../lib/model/decoder.ts";
 import { createGenerator } from "../../lib/model/generate.ts";
-import type { LlamaOptions } from "../../lib/model/llama.ts";
+import { Llama, type LlamaOptions } from "../../lib/model/llama.ts";
 import type { OptimizerKind } from "../../lib/model/optimizer.ts";
 import { Trainer } from "../../lib/model/trainer.ts";
 import { blogConfig, randomBatch, writeRandomModel } from "../bench/problem.ts";
@@ -109,6 +111,57 @@ for (const { name, quantized, dropout = 0, optimizer = "adamw_8bit", train = "lo
     },
   );
 }
+
+Deno.test(
+  "A micro-batch that is too large for the device is refused with the flags that make it smaller",
+  { ignore },
+  async () => {
+    using folder = temporaryFolder();
+    const dir = folder.path, gpu = await openGpu();
+    const { model, adapter } = await writeRandomModel(dir, { config: CONFIG, quantized: true });
+    const limits = new Proxy(gpu.limits, {
+      get: (of, key) => key === "maxStorageBufferBindingSize" ? 1 << 16 : of[key as keyof GPUSupportedLimits],
+    });
+    const small = { ...gpu, limits };
+    const remedy = "lower --batch-size, give --checkpointing block, or lower 03's --max-seq-length";
+    const options = { model, adapter, train: "lora", tokens: 1024 } as const;
+    const refused = `Cannot allocate "x.0" [1024,32] f32: 131072 bytes are more than the 65536 that ${gpu.name} binds`;
+    await assertRejects(() => Llama.open({ ...options, gpu: small }), RangeError, `${refused}: ${remedy}`);
+    await assertRejects(
+      () => Llama.open({ ...options, train: "none", gpu: small }),
+      RangeError,
+      `${refused}: lower --batch-size or lower 03's --max-seq-length`,
+    );
+    const llama = await Llama.open({ model, tokens: 16 });
+    const { config, ops, weights, lora } = llama;
+    assertThrows(
+      () => new Decoder({ gpu: small, config, ops, weights, lora }, { batch: 1, context: 1024 }),
+      RangeError,
+      `${refused}: lower --max-new-tokens`,
+    );
+    llama.destroy();
+
+    // A CPU driver promises any amount of memory, so one that has none is played.
+    const { pushErrorScope, popErrorScope } = GPUDevice.prototype, scopes: GPUErrorFilter[] = [];
+    GPUDevice.prototype.pushErrorScope = function (filter) {
+      scopes.push(filter);
+      return pushErrorScope.call(this, filter);
+    };
+    GPUDevice.prototype.popErrorScope = async function () {
+      const filter = scopes.pop(), error = await popErrorScope.call(this);
+      return filter === "out-of-memory" ? new GPUOutOfMemoryError("not enough memory left") : error;
+    };
+    const open = Llama.open({ ...options, checkpointing: "block", tokens: 16 }).finally(() =>
+      Object.assign(GPUDevice.prototype, { pushErrorScope, popErrorScope })
+    );
+    const state = `micro-batches of 16 tokens do not fit into the memory of "${gpu.name}" beside the weights`;
+    await assertRejects(
+      () => open,
+      Error,
+      `Cannot open "${model}": ${state}: lower --batch-size or lower 03's --max-seq-length`,
+    );
+  },
+);
 
 Deno.test("A generator frees all that it made", { ignore }, async () => {
   using folder = temporaryFolder();

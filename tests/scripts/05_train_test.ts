@@ -138,7 +138,7 @@ Deno.test("05 refuses what does not fit together, and says which", { ignore: NO_
     const astray = await attempt(dir, "05_train", wild);
     assertRefused(
       astray,
-      /^Cannot go on: the loss of update 2 is NaN .*: lower --learning-rate, or look at its rows, \d+, \d+$/m,
+      /^Cannot go on: the loss of update 2 is NaN .*: lower --learning-rate, clip with --max-grad-norm 1, or look at its rows, \d+, \d+$/m,
     );
     assertStringIncludes(log(`${dir}/wild`), '"step":1,');
     assert(!log(`${dir}/wild`).includes("null"));
