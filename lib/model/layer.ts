@@ -31,7 +31,7 @@ export interface LayerStep {
   readonly dropout?: LoraDropout | undefined;
 }
 
-/** Decodes 4-bit weights into scratch; nothing for dense ones. */
+/** Dequantizes 4-bit weights into scratch; nothing for dense ones. */
 export function dequantize(weights: LayerWeights): Command[] {
   return [weights.qkv, weights.o, weights.gateUp, weights.down].flatMap((linear) => linear.dequantize);
 }

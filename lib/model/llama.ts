@@ -325,7 +325,7 @@ export async function adapterIsNoop(model: string, adapter: string): Promise<boo
   );
   const [base, adapted] = [await logitsOf({ model }, inputIds), await logitsOf({ model, adapter }, inputIds)];
   if (!base.every((row) => row.every(Number.isFinite))) {
-    throw new Error(`Cannot accept "${model}": its logits are not numbers: look for the weight that is none`);
+    throw new Error(`Cannot accept "${model}": its logits are not numbers: look for a weight that is NaN or infinite`);
   }
   return base.every((row, r) => row.every((value, v) => Object.is(value, adapted[r]![v])));
 }

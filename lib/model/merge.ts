@@ -40,7 +40,7 @@ export interface Merged {
  * How far a logit of the merged model may be from base + adapter, in parts of the largest logit. In float32 both add the
  * same terms in another order: 1e-6 is usual, 2e-5 was the most. At 16 bit it is the rounding of every weight, by up to
  * 2^-8 of itself in bfloat16 and 2^-11 in float16, that travels through the layers. The bound is 32 times that: weights
- * drawn at random at full size, twice as large as one initialises them, gave 13 times, others of 24 layers 1 to 3.
+ * drawn at random at full size, twice as large as one initializes them, gave 13 times, others of 24 layers 1 to 3.
  */
 const LOGIT_BOUND = { float32: 1e-4, float16: 2 ** -6, bfloat16: 2 ** -3 } as const;
 

@@ -110,9 +110,7 @@ function valuesOf(source: TensorSource, name: string, dtype: ModelConfig["dtype"
   const unfit = firstUnfit(values, STORED[dtype]);
   if (unfit < 0) return rounded(values, STORED[dtype]);
   throw new RangeError(
-    `Cannot quantize "${source.path}": element ${unfit} of "${name}" is ${
-      values[unfit]
-    }, which is no number in ${dtype}`,
+    `Cannot quantize "${source.path}": element ${unfit} of "${name}" is ${values[unfit]}, which ${dtype} cannot hold`,
   );
 }
 

@@ -1,6 +1,6 @@
 /**
  * The base model on the GPU: fused projections, norms and the embedding in slices that the device can bind. Dense weights
- * keep the type they are stored in; NF4 weights stay packed and are decoded into scratch, or once for good.
+ * keep the type they are stored in; NF4 weights stay packed and are dequantized into scratch, or once for good.
  */
 import { type Dtype, toFloat32 } from "../data/dtype.ts";
 import { NF4_CODE } from "../data/nf4.ts";
@@ -31,7 +31,7 @@ export interface Linear {
   readonly k: number;
   readonly parts: readonly { readonly module: LinearModule; readonly columns: number }[];
   readonly weight: Tensor;
-  /** What must run before `weight` may be read: empty for dense weights and for those decoded once. */
+  /** What must run before `weight` may be read: empty for dense weights and for those dequantized once. */
   readonly dequantize: readonly Dispatch[];
 }
 
@@ -61,7 +61,7 @@ export interface Weights {
 export interface WeightOptions {
   /** Full training: every weight in f32. */
   readonly trainable?: boolean;
-  /** Decode NF4 weights once and keep them, instead of layer by layer into shared scratch. */
+  /** Dequantize NF4 weights once and keep them, instead of layer by layer into shared scratch. */
   readonly resident?: boolean;
 }
 
