@@ -1,6 +1,6 @@
 /** Kernels: what recording checks, what a shader that does not compile says, and how long grids are folded. */
 import { assertEquals, assertMatch, assertThrows } from "@std/assert";
-import { fold, Kernel } from "../../lib/gpu/kernel.ts";
+import { createRows, fold, Kernel } from "../../lib/gpu/kernel.ts";
 import { compile, run } from "../../lib/gpu/program.ts";
 import { download, upload } from "../../lib/gpu/tensor.ts";
 import { type Bench, gpuTest } from "../on_gpu.ts";
@@ -41,6 +41,22 @@ async function prepare({ gpu, input, output }: Bench) {
   } as const;
   return { kernel: new Kernel(gpu, "scaling", SOURCE), x, out, recording };
 }
+
+gpuTest(
+  "createRows() writes a number of rows, and where the first one is, only where one of them changed",
+  ({ gpu }) => {
+    const written: number[][] = [];
+    const queue = {
+      writeBuffer: (_buffer: GPUBuffer, _at: number, data: Uint32Array) => written.push([...data.slice(0, 2)]),
+    } as unknown as GPUQueue;
+    const rows = createRows({ ...gpu, queue }, "rows");
+    for (const [count, first] of [[5, 0], [5, 0], [5, 2], [5, 2], [4, 2], [0, 0]] as const) rows.set(count, first);
+    assertEquals(written, [[5, 0], [5, 2], [4, 2], [0, 0]]);
+    assertEquals(rows.count, 0);
+    return Promise.resolve();
+  },
+  { models: false },
+);
 
 gpuTest("Kernel.record() binds by name and sets constants and dims", async (bench) => {
   const { kernel, out, recording } = await prepare(bench);
