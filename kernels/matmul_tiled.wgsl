@@ -91,7 +91,6 @@ struct Block {
   k: u32,
   first: u32, // where the quad begins in x or w, in elements
   lora: u32, // and in lora_x or lora_w
-  last: u32, // of its rows; those past the end are this one again, computed and not written
 }
 
 /// Whether there is a block `p`: first come those of x, then those of w. The threads of a warp load of one of them.
@@ -100,10 +99,11 @@ fn is_block(p: u32) -> bool {
 }
 
 /// The `p`-th block of the rows from `row0` on, `first` and `lora` in rows: 8 neighbours write neighbours, 32 read whole sectors.
+/// Rows past `end` are read as what lies there, which WGSL makes safe, and never written: a clamp per row would cost registers.
 fn block_of_rows(p: u32, row0: u32, end: u32) -> Block {
   let quad = (p & 7u) + p / (2u * BK) * 8u;
   let row = min(row0 + quad * 4u, end - 1u);
-  return Block(true, true, quad, (p >> 3u) % (BK / 4u) * 4u, row, row, min(end - 1u - row, 3u));
+  return Block(true, true, quad, (p >> 3u) % (BK / 4u) * 4u, row, row);
 }
 
 /// The `p`-th block of x.
@@ -118,21 +118,28 @@ fn block_of_x(p: u32, row0: u32, lora: u32) -> Block {
 fn load_rows(block: Block, of_x: bool, k: u32, inner: u32) -> array<vec4u, 4> {
   var raw = array<vec4u, 4>();
   if (k < dims.k && block.busy) {
-    // unroll
-    for (var i = 0u; i < 4u; i++) {
-      if (of_x) {
-        raw[i] = bitcast<vec4u>(x[(block.first + min(i, block.last) * dims.x_stride + k) >> 2u]);
-      } else {
-        raw[i] = raw4(block.first + min(i, block.last) * dims.w_stride + k);
+    if (of_x) {
+      let at = (block.first + k) >> 2u;
+      // unroll
+      for (var i = 0u; i < 4u; i++) {
+        raw[i] = bitcast<vec4u>(x[at + i * (dims.x_stride >> 2u)]);
+      }
+    } else {
+      // unroll
+      for (var i = 0u; i < 4u; i++) {
+        raw[i] = raw4(block.first + k + i * dims.w_stride);
       }
     }
   } else if (k < inner && block.busy) {
-    // unroll
-    for (var i = 0u; i < 4u; i++) {
-      if (of_x) {
-        raw[i] = bitcast<vec4u>(lora_x[(block.lora + min(i, block.last) * dims.lora_x_stride + k - dims.k) >> 2u]);
-      } else {
-        raw[i] = bitcast<vec4u>(lora_w[(block.lora + min(i, block.last) * dims.lora_w_stride + k - dims.k) >> 2u]);
+    if (of_x) {
+      // unroll
+      for (var i = 0u; i < 4u; i++) {
+        raw[i] = bitcast<vec4u>(lora_x[(block.lora + i * dims.lora_x_stride + k - dims.k) >> 2u]);
+      }
+    } else {
+      // unroll
+      for (var i = 0u; i < 4u; i++) {
+        raw[i] = bitcast<vec4u>(lora_w[(block.lora + i * dims.lora_w_stride + k - dims.k) >> 2u]);
       }
     }
   }
@@ -253,7 +260,7 @@ fn nn(
       let columns = of_w % (BN / 4u);
       let column = min(column0 + columns * 4u, dims.n - 4u);
       let k = of_w / (BN / 4u) * 4u;
-      blocks[u] = Block(is_block(p), false, columns, k, dims.w_offset + column, dims.lora_w0 + column, 0u);
+      blocks[u] = Block(is_block(p), false, columns, k, dims.w_offset + column, dims.lora_w0 + column);
     }
     if (blocks[u].of_x) {
       next[u] = load_rows(blocks[u], true, blocks[u].k, inner);
