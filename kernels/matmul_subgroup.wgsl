@@ -19,7 +19,8 @@
 
 override LANES: u32 = 8u;
 override PART: u32 = 8u;
-override STEP: u32 = 8u; // tn: lanes of a part that load different rows: 8, or PART where that is less
+override STEP: u32 = 8u; // tn: lanes of a part that load different rows of x: 8, or PART where that is less
+override SHARE: u32 = 1u; // tn: lanes of a part that load different columns of such a row: PART / STEP
 override HIGH: u32 = 32u; // nt, nn: 32; tn: 32 or 16
 override W_TYPE: u32 = 0u;
 override LORA: u32 = 0u; // 1: the product has a low-rank term
@@ -271,11 +272,12 @@ fn tn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
   let stride = dims.w_stride;
   let w0 = dims.w_offset + safe;
   let x_stride = dims.x_stride >> 2u;
-  // The columns of x that this tile covers, eight by eight; past the end the last ones again.
+  // The columns of x that this lane loads of what the tile covers, eight by eight; past the end the last ones again.
+  let first = row0 + lane % PART / STEP * (HIGH / SHARE);
   var x_column: array<u32, 4>;
   // unroll
-  for (var q = 0u; q < HIGH / 8u; q++) {
-    x_column[q] = (dims.x_offset + min(row0 + q * 8u, dims.m - 8u)) >> 2u;
+  for (var q = 0u; q < HIGH / SHARE / 8u; q++) {
+    x_column[q] = (dims.x_offset + min(first + q * 8u, dims.m - 8u)) >> 2u;
   }
   var c: array<vec4f, 32>;
   var a: array<vec4f, 32>;
@@ -288,9 +290,9 @@ fn tn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
       let inside = select(0.0, 1.0, mine < count);
       let source = min(mine, count - 1u) * x_stride;
       // unroll
-      for (var q = 0u; q < HIGH / 8u; q++) {
-        a[s * (HIGH / 4u) + q * 2u] = inside * x[source + x_column[q]];
-        a[s * (HIGH / 4u) + q * 2u + 1u] = inside * x[source + x_column[q] + 1u];
+      for (var q = 0u; q < HIGH / SHARE / 8u; q++) {
+        a[s * (HIGH / SHARE / 4u) + q * 2u] = inside * x[source + x_column[q]];
+        a[s * (HIGH / SHARE / 4u) + q * 2u + 1u] = inside * x[source + x_column[q] + 1u];
       }
     }
     // unroll
@@ -304,8 +306,9 @@ fn tn(@builtin(workgroup_id) group: vec3u, @builtin(subgroup_invocation_id) lane
         var sum = c[i];
         // unroll
         for (var q = 0u; q < 4u; q++) {
-          let value = a[(h + q) / STEP * (HIGH / 4u) + i / 4u][i % 4u];
-          sum = fma(vec4f(subgroupShuffle(value, own + (h + q) % STEP)), b[q], sum);
+          let value = a[(h + q) / STEP * (HIGH / SHARE / 4u) + i % (HIGH / SHARE) / 4u][i % 4u];
+          let holder = own + i / (HIGH / SHARE) * STEP + (h + q) % STEP;
+          sum = fma(vec4f(subgroupShuffle(value, holder)), b[q], sum);
         }
         c[i] = sum;
       }

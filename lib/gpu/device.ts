@@ -47,6 +47,7 @@ export function openGpu(): Promise<Gpu> {
 async function open(): Promise<Gpu> {
   // Mesa warns on stderr without it; any folder will do, nothing is written there.
   if (Deno.env.get("XDG_RUNTIME_DIR") === undefined) Deno.env.set("XDG_RUNTIME_DIR", "/tmp");
+  await widenVectors();
   const adapter = await navigator.gpu?.requestAdapter({ powerPreference: "high-performance" });
   if (!adapter) throw new Error('Cannot open a GPU: no WebGPU adapter was found: run "sh scripts/setup.sh"');
   const { info } = adapter;
@@ -82,6 +83,19 @@ async function open(): Promise<Gpu> {
     timestamps,
     limits: device.limits,
   };
+}
+
+/**
+ * Lets Mesa's CPU driver use vectors of 512 bits where the processor has them: left alone it takes 256. It reads the variable when it
+ * is first asked for an adapter; one that the user has set stays.
+ */
+async function widenVectors(): Promise<void> {
+  const width = "LP_NATIVE_VECTOR_WIDTH";
+  if (Deno.build.os !== "linux" || Deno.env.get(width)) return;
+  // Imported, because Deno reads files below /proc only where everything is allowed.
+  const file = "file:///proc/cpuinfo";
+  const text = await import(file, { with: { type: "text" } }).then((module) => module.default as string, () => "");
+  if (/^flags.*\bavx512vl\b/m.test(text)) Deno.env.set(width, "512");
 }
 
 /** What `make` makes on the device, or nothing where the device has not the memory for it. */

@@ -70,10 +70,18 @@ export function widen(gpu: Gpu, source: string, columns: number): string {
   let text = source.replace("const WIDE = 1u;", "const WIDE = 2u;");
   const types = new Set<string>();
   for (const [declaration, head, name, type] of source.matchAll(mark)) {
+    // Sixteen 64-bit words are two registers, and putting a word into one of them goes through memory.
+    if (type === "vec4f" && gpu.subgroup > 8 && isRead(source, name!)) continue;
     types.add(type!);
     text = replaceAccesses(text.replace(declaration, `${head}array<${PAIRS[type!]!.type}>;`), name!, type!);
   }
   return text + [...types].map((type) => PAIRS[type]!.functions).join("");
+}
+
+/** Whether a line of code has a `name[…]` that it does not begin with, and so reads it. */
+function isRead(source: string, name: string): boolean {
+  const code = source.replace(/ *\/\/.*$/gm, "");
+  return new RegExp(`^.*[^ \\n].*(?<![.\\w])${name}\\[`, "m").test(code);
 }
 
 function replaceAccesses(text: string, name: string, type: string): string {

@@ -93,18 +93,18 @@ function formsOf(gpu: Gpu): ChooseForm {
   if (gpu.lanes === "subgroup") {
     const kernel = new Kernel(gpu, "matmul_subgroup", `${subgroupSource}\n${sizesSource}`), lanes = gpu.subgroup;
     return (entry, rows, columns, _tile, inner) => {
-      // Up to 16 columns more than full tiles: half as wide tiles waste less than they cost. So do half as high ones in tn,
-      // and quarters for 8 columns.
-      const rest = (size: number) => size % 32 > 0 && size % 32 <= 16 && size <= 80;
-      const part = lanes === 8 && rows > 32 && rest(columns) ? columns === 8 ? 2 : 4 : lanes;
-      const high = entry === "tn" && part === lanes && rest(rows) ? 16 : 32;
+      // Up to half a tile more than full ones: narrower tiles waste less than they cost. So do half as high ones in tn.
+      const rest = (size: number, tile: number) => size <= 80 && size % tile <= tile / 2 ? size % tile : 0;
+      const more = rows > 32 ? rest(columns, 4 * lanes) : 0;
+      const part = more === 0 ? lanes : columns === 8 ? 2 : more <= 16 ? 4 : 8;
+      const high = entry === "tn" && part === lanes && rest(rows, 32) ? 16 : 32;
       // Rows of w lie far apart where they are inner steps: with many of them, tiles that share them follow each other.
       const down = entry !== "nt" && inner > 256;
       const constants = {
         LANES: lanes,
         PART: part,
         DOWN: down ? 1 : 0,
-        ...(entry === "tn" ? { STEP: Math.min(8, part), HIGH: high } : {}),
+        ...(entry === "tn" ? { STEP: Math.min(8, part), SHARE: Math.max(1, part / 8), HIGH: high } : {}),
       };
       return { kernel, constants, high: high * lanes / part, wide: 4 * part, down };
     };

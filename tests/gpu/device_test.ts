@@ -43,6 +43,33 @@ gpuTest("a CPU driver is refused where only OpenGL leads to it", async () => {
   assertEquals([found.code, found.stdout], [1, ""]);
 }, { models: false });
 
+const WIDTH = "LP_NATIVE_VECTOR_WIDTH";
+
+gpuTest("Mesa's CPU driver computes in vectors as wide as the processor's, or as the user says", async ({ gpu }) => {
+  if (!gpu.name.startsWith("llvmpipe")) return;
+  const flags = await Deno.readTextFile("/proc/cpuinfo").catch(() => "");
+  const lanes = async (width: string) => {
+    const found = await inChild("console.log(gpu.subgroup, gpu.lanes);", { [WIDTH]: width });
+    assertEquals([found.code, found.stderr], [0, ""]);
+    return found.stdout;
+  };
+  if (flags.includes(" avx512vl ")) assertEquals(await lanes(""), "16 subgroup\nwent on\n");
+  assertEquals(await lanes("256"), "8 subgroup\nwent on\n");
+  assertEquals(await lanes("128"), "4 shared\nwent on\n");
+}, { models: false });
+
+gpuTest("kernels agree with the references in vectors of the other width too", async ({ gpu }) => {
+  if (!gpu.name.startsWith("llvmpipe")) return;
+  const { code, stdout, stderr } = await new Deno.Command(Deno.execPath(), {
+    args: ["test", "-A", "--parallel", "--filter", "(subgroups)", "tests/ops"],
+    cwd: new URL("../..", import.meta.url),
+    env: { NO_COLOR: "1", [WIDTH]: gpu.subgroup === 8 ? "512" : "256" },
+  }).output();
+  const text = new TextDecoder().decode(stdout);
+  assertEquals(code, 0, text + new TextDecoder().decode(stderr));
+  assertMatch(text, /\nok \| [1-9]\d+ passed/);
+}, { models: ["subgroup"] });
+
 gpuTest("tensors take whole vec4 words and come back without their padding", async ({ gpu }) => {
   assertEquals([1, 4, 5].map((n) => tensorBytes([n], "f32")), [16, 16, 32]);
   assertEquals([tensorBytes([3, 3], "f16"), tensorBytes([17], "u8"), tensorBytes([9], "bf16")], [32, 32, 32]);

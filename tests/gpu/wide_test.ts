@@ -37,6 +37,24 @@ Deno.test("widen() doubles what bindings hold, takes apart what is read and puts
   ]);
 });
 
+Deno.test("widen() lets vectors be that are read by sixteen lanes", () => {
+  const found = widen({ ...cpu, subgroup: 16 }, SOURCE.replace("both = out[c][1] +", "both ="), 8);
+  assertEquals(
+    found.slice(0, found.indexOf("\n\n")),
+    `const WIDE = 2u;
+@group(0) @binding(0) var<storage, read> x: array<array<vec4f, WIDE>>;
+@group(0) @binding(1) var<storage, read_write> out: array<vec4<u64>>;
+@group(0) @binding(2) var<storage, read_write> words: array<vec2u>;
+@group(0) @binding(3) var<storage, read> more: array<vec4f>;
+  var value = x[first[0] + c];
+  let both = more[x[c][0].x] + maxx[c] + of.x[c];
+  out[first + c] = wide_vec4f(value);
+  words[c] = wide_u32(two_u32(words[c + 1u]));`,
+  );
+  // The same text with `both` as it is above: `out` is read there.
+  assertEquals(widen({ ...cpu, subgroup: 16 }, SOURCE, 8).includes("out: array<array<vec4f, WIDE>>;"), true);
+});
+
 Deno.test("widen() leaves a file alone on other devices, and where rows are no multiple of 8", () => {
   assertEquals(widen(gpu, SOURCE, 8), SOURCE);
   assertEquals(widen(cpu, SOURCE, 12), SOURCE);
