@@ -35,7 +35,7 @@ override DOWN: u32 = 0u; // 1: tiles are run down the columns of the result, not
 @group(0) @binding(4) var<storage, read> lora_x: array<vec4f>;
 // image
 @group(0) @binding(5) var<storage, read> lora_w: array<vec4f>;
-@group(0) @binding(6) var<storage, read> add: array<vec4<u64>>;
+@group(0) @binding(6) var<storage, read> add: array<vec4f>; // 64-bit words of sixteen lanes would be loaded by way of memory
 @group(0) @binding(7) var<storage, read_write> out: array<vec4<u64>>;
 
 /// Two 16-bit numbers of a word.
@@ -116,9 +116,8 @@ fn put(row: u32, high: u32, column: u32, end: u32, lane: u32, first: vec4f, seco
   var left = dims.scale * select(first, other, odd);
   var right = dims.scale * select(other, second, odd);
   if (PLUS == ADD) {
-    let more = pair(add[i]);
-    left += more[0];
-    right += more[1];
+    left += add[2u * i];
+    right += add[2u * i + 1u];
   }
   if (PLUS == OUT) {
     let more = pair(out[i]);
