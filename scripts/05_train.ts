@@ -14,7 +14,13 @@ import { evaluationBatches, mostTokens, readSplit, trainingBatches, type UpdateB
 import { checkHolds, copyFolder, writeAtomic, writeWhole } from "../lib/data/files.ts";
 import { byLabel, chromeTrace } from "../lib/gpu/trace.ts";
 import { readAdapter } from "../lib/model/adapter.ts";
-import { listCheckpoints, loadCheckpoint, pruneCheckpoints, saveCheckpoint } from "../lib/model/checkpoint.ts";
+import {
+  listCheckpoints,
+  pruneCheckpoints,
+  restoreCheckpoint,
+  resumeState,
+  saveCheckpoint,
+} from "../lib/model/checkpoint.ts";
 import { readConfig } from "../lib/model/config.ts";
 import { saveTrained } from "../lib/model/save.ts";
 import { learningRate, plannedSteps, warmupSteps } from "../lib/model/schedule.ts";
@@ -100,7 +106,18 @@ const updateBatches = trainingBatches(train, { ...opt, accumulation });
 const evaluation = evaluationBatches(validation, opt.evalBatchSize > 0 ? opt.evalBatchSize : opt.batchSize);
 const tokens = Math.max(mostTokens(train, opt.batchSize), evaluation.tokens);
 
-// 2. The model on the GPU, its memory as a table.
+// 2. Where an interrupted run left it.
+const checkpoints = `${opt.out}/checkpoints`;
+const free = ["out", "force", "verbose", "help", "saveSteps", "saveTotalLimit", "_"];
+const settings = JSON.stringify({
+  flags: Object.fromEntries(Object.entries(recorded).filter(([key]) => !free.includes(key))),
+  files: Object.fromEntries(stage.reads.map(({ path, sha256 }) => [path, sha256])),
+});
+const last = opt.force || !resume || finished ? undefined : listCheckpoints(checkpoints).at(-1);
+let { step, logBytes, best } = last ? resumeState(last.path, settings) : { step: 0, logBytes: 0, best: null };
+const before = step; // updates of earlier processes
+
+// 3. The model on the GPU, its memory as a table.
 const began = performance.now();
 if (mode !== "full") {
   checkHolds(opt.adapter, { name: "adapter_config.json", wanted: "an adapter", run: "deno task 04" });
@@ -133,22 +150,10 @@ console.log(table([
   ["GPU: in all", bytes(gpuBytes)],
 ]));
 if (opt.verbose) console.log(`\n${table(tileRows(trainer.llama.tiles), { header: true })}`);
-
-// 3. Where an interrupted run left it.
-const checkpoints = `${opt.out}/checkpoints`;
-const free = ["out", "force", "verbose", "help", "saveSteps", "saveTotalLimit", "_"];
-const settings = JSON.stringify({
-  flags: Object.fromEntries(Object.entries(recorded).filter(([key]) => !free.includes(key))),
-  files: Object.fromEntries(stage.reads.map(({ path, sha256 }) => [path, sha256])),
-});
-const last = opt.force || !resume || finished ? undefined : listCheckpoints(checkpoints).at(-1);
-let { step, logBytes, best } = last
-  ? await loadCheckpoint(last.path, { trainer, settings })
-  : { step: 0, logBytes: 0, best: null };
-const before = step; // updates of earlier processes
+if (last) await restoreCheckpoint(last.path, trainer);
 stage.clear({ keep: last !== undefined });
 const log = await openRunLog(`${opt.out}/log.jsonl`, logBytes);
-console.log(step > 0 ? `\nGoing on after update ${step} (${last!.path}).\n` : "");
+console.log(last ? `\nGoing on after update ${step} (${last.path}).\n` : "");
 
 // 4. The loop. Before it, the model as it came: its loss on the validation rows, and on those of the first update, which
 // must see the same. Dropout, once B is not zero, makes that another model.

@@ -45,9 +45,7 @@ export function openGpu(): Promise<Gpu> {
 }
 
 async function open(): Promise<Gpu> {
-  // Mesa warns on stderr without it; any folder will do, nothing is written there.
-  if (Deno.env.get("XDG_RUNTIME_DIR") === undefined) Deno.env.set("XDG_RUNTIME_DIR", "/tmp");
-  await widenVectors();
+  await prepareDrivers();
   const adapter = await navigator.gpu?.requestAdapter({ powerPreference: "high-performance" });
   if (!adapter) throw new Error('Cannot open a GPU: no WebGPU adapter was found: run "sh scripts/setup.sh"');
   const { info } = adapter;
@@ -71,6 +69,9 @@ async function open(): Promise<Gpu> {
     );
   }
   failOnErrors(device);
+  // The process must not end under the driver: Mesa's threads crash where they compile meanwhile, and Deno panics. Deno waits
+  // inside this call.
+  globalThis.addEventListener("unload", () => void device.queue.onSubmittedWorkDone());
   const fixed = subgroups && info.subgroupMinSize > 0 && info.subgroupMinSize === info.subgroupMaxSize;
   return {
     device,
@@ -85,17 +86,21 @@ async function open(): Promise<Gpu> {
   };
 }
 
-/**
- * Lets Mesa's CPU driver use vectors of 512 bits where the processor has them: left alone it takes 256. It reads the variable when it
- * is first asked for an adapter; one that the user has set stays.
- */
-async function widenVectors(): Promise<void> {
-  const width = "LP_NATIVE_VECTOR_WIDTH";
-  if (Deno.build.os !== "linux" || Deno.env.get(width)) return;
-  // Imported, because Deno reads files below /proc only where everything is allowed.
+/** Sets what drivers on Linux read when they are first asked for an adapter; variables that the user has set stay. */
+async function prepareDrivers(): Promise<void> {
+  if (Deno.build.os !== "linux") return;
+  const set = (name: string, value: string) => {
+    if (!Deno.env.get(name)) Deno.env.set(name, value);
+  };
+  // Mesa warns on stderr without it; any folder will do, nothing is written there.
+  set("XDG_RUNTIME_DIR", "/tmp");
+  // With OpenGL comes libEGL, which frees memory at the end of the process that other threads are freeing too.
+  set("DENO_WEBGPU_BACKEND", "vulkan");
+  // Mesa's CPU driver takes vectors of 256 bits, also where the processor has 512. Imported, because Deno reads files below
+  // /proc only where everything is allowed.
   const file = "file:///proc/cpuinfo";
   const text = await import(file, { with: { type: "text" } }).then((module) => module.default as string, () => "");
-  if (/^flags.*\bavx512vl\b/m.test(text)) Deno.env.set(width, "512");
+  if (/^flags.*\bavx512vl\b/m.test(text)) set("LP_NATIVE_VECTOR_WIDTH", "512");
 }
 
 /** What `make` makes on the device, or nothing where the device has not the memory for it. */

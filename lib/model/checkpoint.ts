@@ -68,13 +68,10 @@ export function readRunState(dir: string): RunState {
 }
 
 /**
- * Puts the trainer where the checkpoint left it. Throws where its settings differ from `settings`, and where one of its
- * files is damaged: the run then goes on from the checkpoint before it as soon as this one is removed.
+ * The state of the run that goes on from checkpoint `dir`. Throws where its settings differ from `settings`, and where one of
+ * its files is damaged: the run then goes on from the checkpoint before it as soon as this one is removed.
  */
-export async function loadCheckpoint(
-  dir: string,
-  { trainer, settings }: { trainer: Trainer; settings: string },
-): Promise<RunState> {
+export function resumeState(dir: string, settings: string): RunState {
   let run: RunState;
   try {
     run = readRunState(dir);
@@ -90,6 +87,11 @@ export async function loadCheckpoint(
     const state = difference(JSON.parse(run.settings), JSON.parse(settings));
     throw new Error(`Cannot resume from "${dir}": ${state}: go on as the run began, or start over with --no-resume`);
   }
+  return run;
+}
+
+/** Gives the trainer the parameters and moments of a checkpoint that {@linkcode resumeState} has let pass. */
+export async function restoreCheckpoint(dir: string, trainer: Trainer): Promise<void> {
   using source = openSafetensors(`${dir}/${STATE}`);
   const part = (prefix: string) =>
     new Map(
@@ -99,7 +101,6 @@ export async function loadCheckpoint(
       ]),
     );
   await trainer.restore({ parameters: part("param."), state: part("state.") });
-  return run;
 }
 
 /** What a run depends on: flags by their names, and digests of the files it reads by their paths. */

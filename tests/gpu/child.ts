@@ -2,10 +2,13 @@
 
 const path = (file: string) => JSON.stringify(new URL(`../../${file}`, import.meta.url).href);
 
-/** What a script says and how it ends: `code` runs with `gpu`, `Kernel` and `createTensor` at hand, then says "went on". */
+/**
+ * What a script says and how it ends: `code` runs with `gpu`, `Kernel` and `createTensor` at hand; unless `waits` is false it
+ * then waits for the device and says "went on".
+ */
 export async function inChild(
   code: string,
-  env: Readonly<Record<string, string>> = {},
+  { env = {}, waits = true }: { readonly env?: Readonly<Record<string, string>>; readonly waits?: boolean } = {},
 ): Promise<{ code: number; stdout: string; stderr: string }> {
   const script = `
     import { installErrorHandler } from ${path("lib/run/flags.ts")};
@@ -15,8 +18,7 @@ export async function inChild(
     installErrorHandler();
     const gpu = await openGpu();
     ${code}
-    await gpu.queue.onSubmittedWorkDone();
-    console.log("went on");`;
+    ${waits ? `await gpu.queue.onSubmittedWorkDone(); console.log("went on");` : ""}`;
   const child = new Deno.Command(Deno.execPath(), {
     args: ["run", "--quiet", "--allow-all", "--unstable-webgpu", "--ext=ts", "-"],
     stdin: "piped",

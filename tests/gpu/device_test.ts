@@ -4,6 +4,7 @@ import { openGpu } from "../../lib/gpu/device.ts";
 import { laneCount } from "../../lib/gpu/kernel.ts";
 import { run } from "../../lib/gpu/program.ts";
 import { createTensor, download, downloadBytes, tensorBytes, upload } from "../../lib/gpu/tensor.ts";
+import { goldenPath } from "../check.ts";
 import { gpuTest } from "../on_gpu.ts";
 import { inChild } from "./child.ts";
 
@@ -34,8 +35,28 @@ gpuTest("a GPU error ends the process with status 1 and one line", async () => {
   assertEquals(await inChild(""), { code: 0, stdout: "went on\n", stderr: "" });
 }, { models: false });
 
+gpuTest("a process that ends while the driver compiles and computes ends as if it were idle", async () => {
+  const file = (name: string) => JSON.stringify(goldenPath(`tiny/${name}`));
+  const work = `
+    const { Trainer } = await import(${JSON.stringify(new URL("../../lib/model/trainer.ts", import.meta.url).href)});
+    const hyper = { optimizer: "adamw_8bit", weightDecay: 0, beta1: 0.9, beta2: 0.999, eps: 1e-8, maxGradNorm: 1 };
+    const model = ${file("model_hf")}, adapter = ${file("lora_adapter")};
+    await Trainer.open({ model, adapter, train: "lora", tokens: 300, hyper });`;
+  const ends = [
+    ["return of the main module", "", 0, ""],
+    ["Deno.exit", "Deno.exit(3);", 3, ""],
+    ["an error", `throw new Error("Cannot go on: wanted");`, 1, "Cannot go on: wanted\n"],
+  ] as const;
+  // Several at once, so that the driver's threads fall behind.
+  const all = [0, 1, 2].flatMap(() => ends);
+  await Promise.all(all.map(async ([name, last, code, stderr]) => {
+    const stopped = await inChild(`${work} ${last}`, { waits: false });
+    assertEquals(stopped, { code, stdout: "", stderr }, name);
+  }));
+}, { models: false });
+
 gpuTest("a CPU driver is refused where only OpenGL leads to it", async () => {
-  const found = await inChild("if (gpu.cpu) throw new Error(gpu.name);", { DENO_WEBGPU_BACKEND: "gl" });
+  const found = await inChild("if (gpu.cpu) throw new Error(gpu.name);", { env: { DENO_WEBGPU_BACKEND: "gl" } });
   // There may be no OpenGL, or one of a GPU's own, which is taken as it is.
   const refused = /^Cannot (open a GPU: no WebGPU adapter was found|compute with "[^"]+" through OpenGL, [^\n:]+)/;
   if (found.code === 0) return assertEquals(found, { code: 0, stdout: "went on\n", stderr: "" });
@@ -49,7 +70,7 @@ gpuTest("Mesa's CPU driver computes in vectors as wide as the processor's, or as
   if (!gpu.name.startsWith("llvmpipe")) return;
   const flags = await Deno.readTextFile("/proc/cpuinfo").catch(() => "");
   const lanes = async (width: string) => {
-    const found = await inChild("console.log(gpu.subgroup, gpu.lanes);", { [WIDTH]: width });
+    const found = await inChild("console.log(gpu.subgroup, gpu.lanes);", { env: { [WIDTH]: width } });
     assertEquals([found.code, found.stderr], [0, ""]);
     return found.stdout;
   };

@@ -4,9 +4,10 @@ import { nextTokenTargets } from "../../lib/data/dataset.ts";
 import { openSafetensors } from "../../lib/data/safetensors.ts";
 import {
   listCheckpoints,
-  loadCheckpoint,
   pruneCheckpoints,
   readRunState,
+  restoreCheckpoint,
+  resumeState,
   saveCheckpoint,
 } from "../../lib/model/checkpoint.ts";
 import type { OptimizerKind } from "../../lib/model/optimizer.ts";
@@ -59,8 +60,8 @@ for (const [optimizer, train] of [["adamw_8bit", "lora"], ["adamw", "full"]] as 
 
         const resumed = await open(optimizer, train);
         await learn(resumed, [1, 1]); // whatever it holds is overwritten
-        const run = await loadCheckpoint(`${dir}/step-2`, { trainer: resumed, settings });
-        assertEquals(run, { step: 2, logBytes: 7, best: null, settings });
+        await restoreCheckpoint(`${dir}/step-2`, resumed);
+        assertEquals(resumeState(`${dir}/step-2`, settings), { step: 2, logBytes: 7, best: null, settings });
         assertEquals(await learn(resumed, [3, 4]), losses);
         await save(resumed, 4, "again");
         assertEquals(tensorsOf(`${dir}/again`), tensorsOf(`${dir}/step-4`));
@@ -70,7 +71,7 @@ for (const [optimizer, train] of [["adamw_8bit", "lora"], ["adamw", "full"]] as 
   );
 }
 
-Deno.test("loadCheckpoint() refuses other settings, other files, another kind of run and a damaged file", {
+Deno.test("a run goes on from no checkpoint of other settings, other files, another kind of run, or that is damaged", {
   ignore: NO_GPU,
 }, () =>
   withFolder(async (dir) => {
@@ -79,19 +80,19 @@ Deno.test("loadCheckpoint() refuses other settings, other files, another kind of
     const run = { step: 2, logBytes: 0, best: { step: 1, evalLoss: 1 }, settings };
     for (const step of [2, 4]) await saveCheckpoint(at(step), { trainer, run, also: nothing });
     const refuses = (is: { flags?: object; files?: object }, message: string) =>
-      assertRejects(
-        () => loadCheckpoint(at(4), { trainer, settings: JSON.stringify({ ...JSON.parse(settings), ...is }) }),
+      assertThrows(
+        () => resumeState(at(4), JSON.stringify({ ...JSON.parse(settings), ...is })),
         Error,
         `Cannot resume from "${at(4)}": ${message}: go on as the run began, or start over with --no-resume`,
       );
-    await refuses({ flags: { learningRate: 0.02, maxSteps: 4 } }, "it was made with --learning-rate 0.01, not 0.02");
-    await refuses({ flags: { learningRate: 0.01, maxSteps: 5 } }, "it was made with --max-steps 4, not 5");
-    await refuses({ files: { "rows.safetensors": "abd" } }, '"rows.safetensors" is not the file that it was made with');
+    refuses({ flags: { learningRate: 0.02, maxSteps: 4 } }, "it was made with --learning-rate 0.01, not 0.02");
+    refuses({ flags: { learningRate: 0.01, maxSteps: 5 } }, "it was made with --max-steps 4, not 5");
+    refuses({ files: { "rows.safetensors": "abd" } }, '"rows.safetensors" is not the file that it was made with');
     trainer.destroy();
 
     const other = await open("adamw", "full");
     await assertRejects(
-      () => loadCheckpoint(at(4), { trainer: other, settings }),
+      () => restoreCheckpoint(at(4), other),
       Error,
       "Cannot resume: the checkpoint holds no bytes of",
     );
@@ -99,14 +100,14 @@ Deno.test("loadCheckpoint() refuses other settings, other files, another kind of
     const state = `cannot read "${
       at(4)
     }/state.safetensors": it is damaged: checkpoint.json has the digest of other bytes`;
-    await assertRejects(
-      () => loadCheckpoint(at(4), { trainer: other, settings }),
+    assertThrows(
+      () => resumeState(at(4), settings),
       Error,
       `Cannot resume from "${at(4)}": ${state}: remove that folder to go on from "${at(2)}"`,
     );
     Deno.removeSync(at(2), { recursive: true });
-    await assertRejects(
-      () => loadCheckpoint(at(4), { trainer: other, settings }),
+    assertThrows(
+      () => resumeState(at(4), settings),
       Error,
       "start over with --no-resume",
     );
