@@ -13,10 +13,8 @@ export interface Cache {
   save(): Promise<void>;
 }
 
-/** Opens the cache `kind`. */
-export function openCache(kind: string): Cache {
-  const home = Deno.env.get("HOME");
-  const folder = Deno.env.get("XDG_CACHE_HOME") || (home ? `${home}/.cache` : Deno.env.get("LOCALAPPDATA"));
+/** Opens the cache `kind` in the user's cache folder. */
+export function openCache(kind: string, folder: string | undefined = cacheFolder(Deno.env)): Cache {
   const path = folder ? `${folder}/medslm-sft/${kind}.json` : undefined;
   const known = read(path), added = new Map<string, string>();
   return {
@@ -36,6 +34,12 @@ export function openCache(kind: string): Cache {
       }
     },
   };
+}
+
+/** Where the system keeps caches; undefined where it names no folder for them. */
+export function cacheFolder(env: Pick<Deno.Env, "get">): string | undefined {
+  const home = env.get("HOME");
+  return env.get("XDG_CACHE_HOME") || (home ? `${home}/.cache` : env.get("LOCALAPPDATA"));
 }
 
 function read(path: string | undefined): Map<string, string> {
