@@ -10,8 +10,11 @@
 //   out, dout     f32 [rows, HEADS · D]
 //   lse, delta    f32 [rows, HEADS]
 //   spans         u32 [rows, 2]: first token of the row's document, and the one after its last
+//   order         u32 [blocks of 128 rows, 2]: the blocks with the most keys to a query first, and those with the most
+//                 queries to a key
 //   given_out, given_lse, given_delta   what an earlier dispatch wrote, four elements at a time
-//   grid          [blocks of ROWS · LANES / PARTS rows, HEADS], for backward_kv [blocks, KV_HEADS]
+//   grid          [blocks of ROWS · LANES / PARTS rows, HEADS], for backward_kv [blocks, KV_HEADS]; with LONGEST_FIRST
+//                 [HEADS, blocks], where 128 rows are begun all or none
 //   shared        lanes_*, attention_parts
 //
 // PARTS lanes, two apart, own ROWS rows, each of them every PARTS-th four columns: wide heads need more registers than
@@ -26,6 +29,7 @@ override D4: u32; // D / 4
 override ROWS: u32 = 1u; // 1 or 2; ROWS · D4 / PARTS is at most 32
 override PARTS: u32 = 1u; // a divisor of LANES / 2 and D4
 override SHARE: u32 = 1u; // lanes that keep a row of a tile together: PARTS, or where that is 1 a divisor of LANES and D4
+override LONGEST_FIRST: u32 = 0u; // 1: workgroups with the most to do begin first, else those of a head together
 override SOME: u32 = 1u; // a divisor of LANES / SHARE, at most 8; where PARTS is over 1, ROWS · SOME is a multiple of 4
 
 @group(0) @binding(0) var<uniform> rows: vec4u;
@@ -44,8 +48,24 @@ override SOME: u32 = 1u; // a divisor of LANES / SHARE, at most 8; where PARTS i
 @group(0) @binding(9) var<storage, read> given_lse: array<vec4f>;
 // image
 @group(0) @binding(10) var<storage, read> given_delta: array<vec4f>;
+@group(0) @binding(11) var<storage, read> order: array<vec2u>;
 
 const LOWEST = -1e30;
+
+/// First row of a workgroup, and its head. While the last workgroups run, processors fall idle, so the last are the shortest.
+/// Queries are `late`: the later in its document, the more keys a row sees; keys are seen by more queries the earlier they are.
+fn place(group: vec3u, late: bool) -> vec2u {
+  if (LONGEST_FIRST == 0u) {
+    return vec2u(group.x * (ROWS * LANES / PARTS), group.y);
+  }
+  let per = 128u / (ROWS * LANES / PARTS);
+  let block = order[group.y / per];
+  let part = group.y % per;
+  if (late) {
+    return vec2u(block.x * 128u + (per - 1u - part) * (ROWS * LANES / PARTS), group.x);
+  }
+  return vec2u(block.y * 128u + part * (ROWS * LANES / PARTS), group.x);
+}
 
 /// Sum of the four parts, in a fixed order.
 fn total(v: vec4f) -> f32 {
@@ -102,8 +122,12 @@ fn keep_keys(j0: u32, kv: u32, lane: u32) {
 fn forward(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {
   let count = rows.x;
   let stride = (HEADS + 2u * KV_HEADS) * D4;
-  let head = group.y;
-  let row0 = group.x * (ROWS * LANES / PARTS);
+  let begin = place(group, true);
+  let row0 = begin.x;
+  let head = begin.y;
+  if (LONGEST_FIRST == 1u && row0 >= count) {
+    return;
+  }
   let mine = row_of(lane);
   let part = part_of(lane);
   let scale = inverseSqrt(f32(D4 * 4u));
@@ -202,8 +226,12 @@ fn forward(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index)
 fn backward_q(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {
   let count = rows.x;
   let stride = (HEADS + 2u * KV_HEADS) * D4;
-  let head = group.y;
-  let row0 = group.x * (ROWS * LANES / PARTS);
+  let begin = place(group, true);
+  let row0 = begin.x;
+  let head = begin.y;
+  if (LONGEST_FIRST == 1u && row0 >= count) {
+    return;
+  }
   let mine = row_of(lane);
   let part = part_of(lane);
   let scale = inverseSqrt(f32(D4 * 4u));
@@ -281,8 +309,12 @@ fn backward_q(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_ind
 fn backward_kv(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {
   let count = rows.x;
   let stride = (HEADS + 2u * KV_HEADS) * D4;
-  let kv = group.y;
-  let row0 = group.x * (ROWS * LANES / PARTS);
+  let begin = place(group, false);
+  let row0 = begin.x;
+  let kv = begin.y;
+  if (LONGEST_FIRST == 1u && row0 >= count) {
+    return;
+  }
   let mine = row_of(lane);
   let part = part_of(lane);
   let scale = inverseSqrt(f32(D4 * 4u));

@@ -52,7 +52,7 @@ export function forward(
     ops.norm.forward({ rows, x, weight: weights.inputNorm, out: a.h1, rstd: a.rstd1 }),
     ...linearForward({ ...linear("qkv"), x: a.h1, out: a.qkv }),
     ops.rope.forward({ rows, positions: batch.positions, qkv: a.qkv }),
-    ops.attention.forward({ rows, qkv: a.qkv, spans: batch.spans, out: a.attention, lse: a.lse }),
+    ops.attention.forward({ rows, documents: batch.documents, qkv: a.qkv, out: a.attention, lse: a.lse }),
     ...linearForward({ ...linear("o"), x: a.attention, out: a.mid, plus: x }),
     ops.norm.forward({ rows, x: a.mid, weight: weights.postAttentionNorm, out: a.h2, rstd: a.rstd2 }),
     ...linearForward({ ...linear("gateUp"), x: a.h2, out: a.gateUp }),
@@ -96,8 +96,8 @@ export function backward(
     ...linearBackward({ ...linear("o"), x: a.attention, dout: g.dx, dx: g.dattention }),
     ...ops.attention.backward({
       rows,
+      documents: batch.documents,
       qkv: a.qkv,
-      spans: batch.spans,
       out: a.attention,
       lse: a.lse,
       dout: g.dattention,

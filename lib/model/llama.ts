@@ -6,6 +6,7 @@ import { type Gpu, withinMemory } from "../gpu/device.ts";
 import { type Command, createRows, type Rows } from "../gpu/kernel.ts";
 import { compile, run } from "../gpu/program.ts";
 import { createBuffer, createTensor, download, downloadBytes, type Tensor } from "../gpu/tensor.ts";
+import { documentsOf } from "../ops/attention.ts";
 import { createDropout } from "../ops/dropout.ts";
 import { type ModelConfig, readConfig } from "./config.ts";
 import { createFullGradients, type FullGradients } from "./full.ts";
@@ -201,7 +202,7 @@ export class Llama implements ModelParts {
       throw new RangeError(`Cannot run a batch of ${count} tokens: 1 to ${most} are planned for`);
     }
     const ids = Uint32Array.from(inputIds), positions = Uint32Array.from(positionIds);
-    const spans = documentSpans(positions);
+    const { spans, order } = documentsOf(positions);
     const rows: number[] = [], labels: number[] = [];
     for (let i = 0; i < count; i++) {
       if (ids[i]! >= config.vocab_size) {
@@ -220,7 +221,8 @@ export class Llama implements ModelParts {
     const write = (tensor: Tensor, data: Uint32Array<ArrayBuffer>) => gpu.queue.writeBuffer(tensor.buffer, 0, data);
     write(batch.ids, ids);
     write(batch.positions, positions);
-    write(batch.spans, spans);
+    write(batch.documents.spans, spans);
+    write(batch.documents.order, order);
     if (rows.length > 0) {
       write(batch.labelRows, Uint32Array.from(rows));
       write(batch.labels, Uint32Array.from(labels));
@@ -349,18 +351,4 @@ function loraGroups(lora: readonly LayerLora[]): ParameterGroup[] {
     slots,
     decay: true,
   }));
-}
-
-/** First token of each token's document, and the one after its last: u32 `[T, 2]`. */
-export function documentSpans(positions: Uint32Array): Uint32Array<ArrayBuffer> {
-  const count = positions.length, spans = new Uint32Array(2 * count);
-  for (let start = 0, i = 1; i <= count; i++) {
-    if (i < count && positions[i] === positions[i - 1]! + 1) continue;
-    for (let t = start; t < i; t++) {
-      spans[2 * t] = start;
-      spans[2 * t + 1] = i;
-    }
-    start = i;
-  }
-  return spans;
 }

@@ -4,6 +4,7 @@
  */
 import type { Gpu } from "../gpu/device.ts";
 import { createTensor, type Storage, type Tensor } from "../gpu/tensor.ts";
+import { blocksOf, type Documents } from "../ops/attention.ts";
 import type { ModelConfig } from "./config.ts";
 import type { LayerLora } from "./lora.ts";
 import { paddedVocab } from "./ops.ts";
@@ -60,7 +61,7 @@ export interface Gradients {
 export interface BatchTensors {
   readonly ids: Tensor;
   readonly positions: Tensor;
-  readonly spans: Tensor;
+  readonly documents: Documents;
   /** Positions of the labelled tokens, and the token each has to predict. */
   readonly labelRows: Tensor;
   readonly labels: Tensor;
@@ -131,7 +132,10 @@ export function createPlan(gpu: Gpu, options: PlanOptions): Plan {
   const batch = {
     ids: make("batch", "input_ids", [T], "u32"),
     positions: make("batch", "position_ids", [T], "u32"),
-    spans: make("batch", "spans", [T, 2], "u32"),
+    documents: {
+      spans: make("batch", "spans", [T, 2], "u32"),
+      order: make("batch", "order", [blocksOf(T), 2], "u32"),
+    },
     labelRows: make("batch", "label_rows", [T], "u32"),
     labels: make("batch", "labels", [T], "u32"),
     nll: make("batch", "nll", [T]),

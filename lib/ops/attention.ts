@@ -1,12 +1,50 @@
-/** Binding of attention.wgsl: names, shapes and grids; no arithmetic. */
+/** Binding of attention.wgsl, and what it is told of documents that share a row. */
 import type { Gpu } from "../gpu/device.ts";
-import { type Dispatch, Kernel, type Rows } from "../gpu/kernel.ts";
+import { type Dispatch, type Grid, Kernel, type Rows } from "../gpu/kernel.ts";
 import type { Tensor } from "../gpu/tensor.ts";
 import source from "../../kernels/attention.wgsl" with { type: "text" };
 import partsSource from "../../kernels/attention_parts.wgsl" with { type: "text" };
 
 /** Lanes of a workgroup on a GPU: two warps share a tile. */
 const GPU_LANES = 64;
+
+/** Rows that are sorted together, a multiple of those of any workgroup. */
+const BLOCK = 128;
+
+/** Which rows see each other: what {@linkcode documentsOf} says of them. */
+export interface Documents {
+  /** u32 `[rows, 2]` */
+  readonly spans: Tensor;
+  /** u32 `[blocks, 2]` */
+  readonly order: Tensor;
+}
+
+/** Blocks of `rows` rows that have a place in `order`. */
+export function blocksOf(rows: number): number {
+  return Math.ceil(rows / BLOCK);
+}
+
+/**
+ * What attention is told of rows at these positions in their documents. `spans` `[rows, 2]`: the first row of each row's document,
+ * and the one after its last; `order` `[blocks, 2]`: where there is most to do first, as queries and as keys.
+ */
+export function documentsOf(positions: Uint32Array): Record<keyof Documents, Uint32Array<ArrayBuffer>> {
+  const count = positions.length, spans = new Uint32Array(2 * count), blocks = blocksOf(count);
+  const keys = new Float64Array(blocks), queries = new Float64Array(blocks);
+  for (let start = 0, end = 1; end <= count; end++) {
+    if (end < count && positions[end] === positions[end - 1]! + 1) continue;
+    for (let row = start; row < end; row++) {
+      spans[2 * row] = start;
+      spans[2 * row + 1] = end;
+      keys[Math.floor(row / BLOCK)]! += row + 1 - start;
+      queries[Math.floor(row / BLOCK)]! += end - row;
+    }
+    start = end;
+  }
+  const most = (work: Float64Array) => Array.from(work.keys()).sort((a, b) => work[b]! - work[a]!);
+  const first = most(keys), second = most(queries);
+  return { spans, order: Uint32Array.from({ length: 2 * blocks }, (_, i) => (i % 2 ? second : first)[i >> 1]!) };
+}
 
 /** Causal grouped-query attention inside documents (arXiv:2205.14135). `headDim` is a multiple of 8, at most 128. */
 export function createAttention(gpu: Gpu, shape: { heads: number; kvHeads: number; headDim: number }) {
@@ -16,31 +54,28 @@ export function createAttention(gpu: Gpu, shape: { heads: number; kvHeads: numbe
   }
   const kernel = new Kernel(gpu, "attention", `${source}\n${partsSource}`);
   const subgroup = gpu.lanes === "subgroup", lanes = subgroup ? gpu.subgroup : GPU_LANES, columns = headDim / 4;
-  /** Constants of an entry point and the rows of its workgroups. */
-  const formOf = (entry: Entry) => {
+  /** Constants of an entry point, and its grid. A CPU driver gives each of its threads as many heads as the others. */
+  const formOf = (entry: Entry, rows: Rows) => {
     const shape = subgroup ? cpuShape(lanes, columns, entry) : gpuShape(gpu, columns, entry);
-    const { ROWS, PARTS } = shape;
-    return {
-      constants: { LANES: lanes, HEADS: heads, KV_HEADS: kvHeads, D4: columns, ...shape },
-      rows: ROWS * lanes / PARTS,
-    };
+    const high = shape.ROWS * lanes / shape.PARTS, wide = entry === "backward_kv" ? kvHeads : heads;
+    const grid = (): Grid =>
+      subgroup ? [Math.ceil(rows.count / high), wide, 1] : [wide, Math.ceil(rows.count / BLOCK) * (BLOCK / high), 1];
+    const constants = { LANES: lanes, HEADS: heads, KV_HEADS: kvHeads, D4: columns, ...shape };
+    return { constants: { ...constants, LONGEST_FIRST: subgroup ? 0 : 1 }, grid };
   };
   return {
-    /** qkv `[rows, (H+2·KV)·D]` after rope, spans `[rows, 2]` u32; writes out `[rows, H·D]` and lse `[rows, H]`. */
-    forward: (t: { rows: Rows; qkv: Tensor; spans: Tensor; out: Tensor; lse: Tensor }): Dispatch => {
-      const { constants, rows } = formOf("forward");
-      return kernel.record("forward", {
-        constants,
-        bind: { rows: t.rows.buffer, qkv: t.qkv, spans: t.spans, out: t.out, lse: t.lse },
-        grid: () => [Math.ceil(t.rows.count / rows), heads, 1],
-      });
-    },
+    /** qkv `[rows, (H+2·KV)·D]` after rope; writes out `[rows, H·D]` and lse `[rows, H]`. */
+    forward: (t: { rows: Rows; documents: Documents; qkv: Tensor; out: Tensor; lse: Tensor }): Dispatch =>
+      kernel.record("forward", {
+        bind: { rows: t.rows.buffer, ...t.documents, qkv: t.qkv, out: t.out, lse: t.lse },
+        ...formOf("forward", t.rows),
+      }),
     /** Writes dqkv `[rows, (H+2·KV)·D]` in two dispatches; delta `[rows, H]` is scratch. */
     backward: (
       t: {
         rows: Rows;
+        documents: Documents;
         qkv: Tensor;
-        spans: Tensor;
         out: Tensor;
         lse: Tensor;
         dout: Tensor;
@@ -48,19 +83,11 @@ export function createAttention(gpu: Gpu, shape: { heads: number; kvHeads: numbe
         dqkv: Tensor;
       },
     ): Dispatch[] => {
-      const { rows, qkv, spans, out, lse, dout, delta, dqkv } = t;
-      const common = { rows: rows.buffer, qkv, spans, given_lse: lse, dout, dqkv };
-      const record = (entry: "backward_q" | "backward_kv", more: Record<string, Tensor>) => {
-        const form = formOf(entry);
-        return kernel.record(entry, {
-          constants: form.constants,
-          bind: { ...common, ...more },
-          grid: () => [Math.ceil(rows.count / form.rows), entry === "backward_q" ? heads : kvHeads, 1],
-        });
-      };
+      const { rows, documents, qkv, out, lse, dout, delta, dqkv } = t;
+      const bind = { rows: rows.buffer, ...documents, qkv, given_lse: lse, dout, dqkv };
       return [
-        record("backward_q", { given_out: out, delta }),
-        record("backward_kv", { given_delta: delta }),
+        kernel.record("backward_q", { bind: { ...bind, given_out: out, delta }, ...formOf("backward_q", rows) }),
+        kernel.record("backward_kv", { bind: { ...bind, given_delta: delta }, ...formOf("backward_kv", rows) }),
       ];
     },
   };

@@ -5,7 +5,7 @@
 import type { Gpu } from "../../lib/gpu/device.ts";
 import { run } from "../../lib/gpu/program.ts";
 import type { Tensor } from "../../lib/gpu/tensor.ts";
-import { createAttention } from "../../lib/ops/attention.ts";
+import { createAttention, documentsOf } from "../../lib/ops/attention.ts";
 import { createAttentionDecode } from "../../lib/ops/attention_decode.ts";
 import { createMatvec } from "../../lib/ops/matvec.ts";
 import { attention, attentionBackward, matmulNT } from "../reference.ts";
@@ -20,9 +20,10 @@ export function attentionCases(gpu: Gpu, { tokens, length }: { tokens: number; l
   const count = Math.floor(tokens / length), T = count * length;
   const pairs = count * length * (length + 1) / 2 * H;
   const prepare = async ({ random, input, output, rows }: Scope) => {
-    const spans = new Uint32Array(2 * T).map((_, i) => (Math.floor((i >> 1) / length) + i % 2) * length);
+    const { spans, order } = documentsOf(new Uint32Array(T).map((_, i) => i % length));
+    const documents = { spans: await input("spans", spans, "u32"), order: await input("order", order, "u32") };
     const qkv = await random("qkv", [T, WIDTH]);
-    const common = { rows: rows(T), qkv: qkv.tensor, spans: await input("spans", spans, "u32") };
+    const common = { rows: rows(T), documents, qkv: qkv.tensor };
     return { qkv, common, out: output("out", [T, H * D]), lse: output("lse", [T, H]) };
   };
   const last = { first: T - length, length };

@@ -3,8 +3,8 @@
  * found (NMSE) are 9e-14 in out, 4e-15 in lse, 3e-14 in delta and 2e-13 in the gradients, all of them in the longest document; the
  * bounds are 100 times that.
  */
-import { assertThrows } from "@std/assert";
-import { createAttention } from "../../lib/ops/attention.ts";
+import { assertEquals, assertThrows } from "@std/assert";
+import { createAttention, documentsOf } from "../../lib/ops/attention.ts";
 import { assertClose, wave } from "../check.ts";
 import { type Bench, gpuTest } from "../on_gpu.ts";
 import { attention, attentionBackward } from "../reference.ts";
@@ -19,7 +19,7 @@ const SHAPES = [
   { heads: 1, kvHeads: 1, headDim: 24, packings: [[33]] },
   { heads: 3, kvHeads: 1, headDim: 32, packings: [[5], PACKED] },
   { heads: 1, kvHeads: 1, headDim: 40, packings: [[33]] },
-  { heads: 2, kvHeads: 1, headDim: 64, packings: [PACKED] },
+  { heads: 2, kvHeads: 1, headDim: 64, packings: [PACKED, [40, 130, 30]] },
   { heads: 1, kvHeads: 1, headDim: 128, packings: [PACKED] },
 ];
 type Shape = typeof SHAPES[number];
@@ -38,19 +38,14 @@ async function prepare({ input, rows }: Bench, { heads, kvHeads, headDim }: Shap
   const q = [0, heads * headDim] as const, k = [q[1], q[1] + kvHeads * headDim] as const, v = [k[1], width] as const;
   const qkv = wave(T * width).map((x, i) => i % width < k[1] ? x * 1.5 / Math.sqrt(headDim) ** 0.5 : x);
   const dout = wave(T * heads * headDim, 2);
-  const spans = new Uint32Array(2 * T), start = new Int32Array(T);
-  let first = 0;
-  for (const length of documents) {
-    for (let t = first; t < first + length; t++) {
-      start[t] = first;
-      spans.set([first, first + length], 2 * t);
-    }
-    first += length;
-  }
+  const positions = documents.flatMap((length) => Array.from({ length }, (_, i) => i));
+  const start = Int32Array.from(positions, (position, t) => t - position);
   const of = { H: heads, KV: kvHeads, D: headDim, start };
   const parts = { q: columns(qkv, width, q), k: columns(qkv, width, k), v: columns(qkv, width, v) };
   const forward = attention(parts, of);
-  const t = { rows: rows(T), qkv: await input("qkv", qkv), spans: await input("spans", spans) };
+  const { spans, order } = documentsOf(Uint32Array.from(positions));
+  const told = { spans: await input("spans", spans), order: await input("order", order) };
+  const t = { rows: rows(T), documents: told, qkv: await input("qkv", qkv) };
   const name = `[${documents}] ${heads}/${kvHeads} heads of ${headDim}`;
   return {
     T,
@@ -104,6 +99,21 @@ gpuTest("attention.backward gives the gradients of q, k and v", async (bench) =>
       assertClose(columns(g!, width, v), gradients.dv, { nmse: GRADIENT, name: `dv ${name}` });
     }
   }
+});
+
+Deno.test("documentsOf() finds documents by their positions, and the blocks where most is to be done", () => {
+  const documents = (lengths: readonly number[]) =>
+    documentsOf(Uint32Array.from(lengths.flatMap((length) => Array.from({ length }, (_, i) => i))));
+  assertEquals(documents([2, 1, 1]), {
+    spans: Uint32Array.of(0, 2, 0, 2, 2, 3, 3, 4),
+    order: Uint32Array.of(0, 0),
+  });
+  // Of a long document the last rows have most keys before them, the first most queries behind; short ones come last.
+  const pairs = ({ order }: { order: Uint32Array }) => [0, 1].map((side) => order.filter((_, i) => i % 2 === side));
+  assertEquals(pairs(documents([384])), [Uint32Array.of(2, 1, 0), Uint32Array.of(0, 1, 2)]);
+  assertEquals(pairs(documents([64, 64, 256, 128])), [Uint32Array.of(2, 1, 3, 0), Uint32Array.of(1, 2, 3, 0)]);
+  // A row that is cut off goes on at its position.
+  assertEquals(documentsOf(Uint32Array.of(5, 6, 0)).spans, Uint32Array.of(0, 2, 0, 2, 2, 3));
 });
 
 gpuTest("createAttention() refuses heads that its vectors do not fit", ({ gpu }) => {
