@@ -22,6 +22,7 @@ override CONTEXT: u32;
 override KEPT: u32 = 1u; // of D4 what the lanes keep at a time for the sum over them: a divisor of it
 
 @group(0) @binding(0) var<uniform> rows: vec4u;
+// image
 @group(0) @binding(1) var<storage, read> qkv: array<vec4f>;
 @group(0) @binding(2) var<storage, read> slots: array<u32>;
 @group(0) @binding(3) var<storage, read> positions: array<u32>;
@@ -111,6 +112,7 @@ fn forward(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index)
       o[first + d] = vec4f();
     }
     lanes_end();
+    // unroll up to 16
     for (var other = 0u; other < LANES; other++) {
       // unroll
       for (var d = 0u; d < KEPT; d++) {

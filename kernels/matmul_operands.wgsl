@@ -10,6 +10,7 @@
 
 override W_TYPE: u32 = 0u;
 
+// image
 @group(0) @binding(2) var<storage, read> x: array<vec4f>;
 // image
 @group(0) @binding(3) var<storage, read> w: array<vec4u>;

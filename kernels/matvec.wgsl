@@ -90,7 +90,9 @@ fn nt(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane
     sums[i] = vec4f();
   }
   lanes_end();
-  let first = lane - member;
+  // Of one group the first lane is known when a driver compiles.
+  let first = select(lane - member, 0u, GROUP == LANES);
+  // unroll up to 16
   for (var other = 0u; other < GROUP; other++) {
     // unroll
     for (var i = 0u; i < ROWS * COLUMNS / 4u; i++) {
